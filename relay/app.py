@@ -1,0 +1,69 @@
+"""The service: a Flask app that is nothing but the relay, from the environment."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from flask import Flask, Response
+from werkzeug.exceptions import HTTPException
+
+from relay import blueprint, environment, errors, log
+from relay.blueprint import Relay
+from relay.settings import Settings
+
+
+def create_app(config: Mapping[str, object] | None = None) -> Flask:
+    """The service's WSGI app.
+
+    `config`: its settings; without it the environment, and `.env` beneath it. Raises SettingsError with every fault.
+    """
+    settings = Settings.from_mapping(environment.environment() if config is None else config, service=True)
+    app = Flask("relay", static_folder=None)
+    app.json.sort_keys = False  # type: ignore[attr-defined]
+    _log_to_stdout()
+    mount = Relay().init_service(app, settings)
+    for path, view in (("/health", blueprint.health), ("/health/live", blueprint.live), ("/health/ready", blueprint.ready)):
+        app.add_url_rule(path, f"service{path.replace('/', '_')}", _bound(view, mount), methods=["GET"])
+    app.register_error_handler(errors.RelayError, blueprint.error_response)
+    app.register_error_handler(HTTPException, _http_error)
+    app.register_error_handler(Exception, _bug)
+    if settings.upstream_url is None:
+        log.logger.warning("no RELAY_UPSTREAM_URL is set: what is relayed is the embedded demo upstream")
+    return app
+
+
+def _bound(view: Any, mount: blueprint.Mount) -> Any:
+    return lambda: view(mount)
+
+
+def _log_to_stdout() -> None:
+    if not log.logger.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.logger.addHandler(handler)
+    log.logger.setLevel(logging.INFO)
+    log.logger.propagate = False
+
+
+def _http_error(error: HTTPException) -> Response:
+    """What Flask refuses itself, in the relay's shape."""
+    if error.code == 404:
+        known: errors.RelayError = errors.NotFound("there is nothing at this path; what is relayed lies below RELAY_MOUNT")
+    elif error.code == 405:
+        known = errors.MethodNotAllowed("this path does not take this method")
+    else:
+        known = errors.BadRequest(error.description or "the request cannot be understood")
+        known.status = error.code or 400
+    response = blueprint.error_response(known)
+    for name, value in error.get_headers():
+        if name.lower() == "allow":
+            response.headers[name] = value
+    return response
+
+
+def _bug(error: Exception) -> Response:
+    log.logger.exception("a request failed in the relay itself")
+    return blueprint.error_response(errors.RelayError("the relay failed; its log says why under this request id"))

@@ -1,0 +1,336 @@
+"""The Flask side: the extension, the blueprint's routes, and a response that becomes a stream when Flask is done."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from flask import Blueprint, Flask, Response, current_app, jsonify, request
+from werkzeug.routing import BaseConverter
+
+from relay import access, errors, log, waiting
+from relay.headers import SANDBOX, RequestHeaders, sane_request_id
+from relay.health import Health
+from relay.incoming import asks_for_events, raw_target, read_body
+from relay.limits import Lease, Slots, streams_that_files_allow
+from relay.paths import allows, bad_target
+from relay.settings import Settings
+from relay.stream import Drain, Headers, Record, Stream
+from relay.upstream import Upstream
+from relay.version import __version__
+
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+#: Routed as well, so that their 405 is the relay's and not a page of the framework's.
+_OTHER_METHODS = ("TRACE", "CONNECT")
+_DEFAULT_STREAMS = 900
+_DEFAULT_STREAMS_IN_THREADS = 8
+#: Seconds after which a client that found the relay full may come again.
+_RETRY_AFTER = 1
+
+HeadersHook = Callable[[], Mapping[str, str]]
+
+
+class _Rest(BaseConverter):
+    """Everything below the mount. Unlike Flask's `path` it takes empty segments, and a leading slash."""
+
+    regex = ".*?"
+    part_isolating = False
+    weight = 200
+
+
+class Mount:
+    """What one relay holds in one app. Opens and starts nothing before the first request."""
+
+    def __init__(self, name: str, settings: Settings, *, service: bool, request_headers: HeadersHook | None) -> None:
+        self.name = name
+        self.settings = settings
+        self.service = service
+        self.request_headers = request_headers
+        self.drain = Drain()
+        self.slots = Slots(_streams(settings))
+        self.health = Health(settings, self.upstream)
+        self.started = time.monotonic()
+        self.headers = RequestHeaders(
+            drop=settings.drop_headers,
+            own_credentials=bool(settings.upstream_key or settings.client_keys),
+            transparent=settings.transparent,
+        )
+        self._upstream: Upstream | None = None
+
+    def upstream(self) -> Upstream:
+        if self._upstream is None:
+            url = self.settings.upstream_url
+            if url is None:
+                from relay import demo
+
+                url = demo.start()
+            self._upstream = Upstream(self.settings, url)
+        return self._upstream
+
+
+def _streams(settings: Settings) -> int:
+    wanted = settings.max_streams
+    if wanted is None:
+        wanted = _DEFAULT_STREAMS if waiting.cooperative() else _DEFAULT_STREAMS_IN_THREADS
+    return min(wanted, streams_that_files_allow())
+
+
+class Relay:
+    """The Flask extension: mounts a relay to one upstream under a prefix.
+
+    `url_prefix`: where; what follows it goes to the upstream. `name`: of the blueprint and the mount; each relay in
+    an app needs its own. `settings`: the `RELAY_…` settings of this relay alone; without them they come from the
+    app's config. `request_headers`: called in the request's context for each call, returns headers that are set on
+    the request upstream in place of any others of their names.
+
+    Raises SettingsError from `init_app` (and from the constructor, given an app) if a setting is wrong.
+    """
+
+    def __init__(
+        self,
+        app: Flask | None = None,
+        *,
+        url_prefix: str | None = None,
+        name: str = "relay",
+        settings: Mapping[str, object] | None = None,
+        request_headers: HeadersHook | None = None,
+    ) -> None:
+        self.name = name
+        self.url_prefix = url_prefix
+        self.blueprint = _blueprint(name)
+        self._settings = settings
+        self._request_headers = request_headers
+        self._apps: list[Flask] = []
+        if app is not None:
+            self.init_app(app)
+
+    def init_app(self, app: Flask, *, url_prefix: str | None = None) -> None:
+        """Register the blueprint. Nothing is opened or started: other programs import the app too."""
+        settings = Settings.from_mapping(app.config if self._settings is None else self._settings)
+        prefix = url_prefix or self.url_prefix or settings.mount
+        self._mount(app, Mount(self.name, settings, service=False, request_headers=self._request_headers), prefix)
+
+    def init_service(self, app: Flask, settings: Settings) -> Mount:
+        """Register the blueprint as the service's own, at its mount."""
+        mount = Mount(self.name, settings, service=True, request_headers=None)
+        self._mount(app, mount, settings.mount)
+        return mount
+
+    def before_request(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        """Register a check that runs before each request to this relay, such as the shop's own login. A decorator.
+
+        As a blueprint's `before_request`, and also after the relay was given its app.
+        """
+        if self._apps:
+            for app in self._apps:
+                app.before_request_funcs.setdefault(self.name, []).append(function)
+        else:
+            self.blueprint.before_request(function)
+        return function
+
+    def _mount(self, app: Flask, mount: Mount, prefix: str) -> None:
+        if app.url_map.converters.setdefault("relay_rest", _Rest) is not _Rest:
+            raise RuntimeError("another extension has registered a URL converter called relay_rest")
+        mounts = app.extensions.setdefault("relay", {})
+        if self.name in mounts:
+            raise ValueError(f"the app has a relay called {self.name!r} already; give this one another name=")
+        mounts[self.name] = mount
+        app.register_blueprint(self.blueprint, url_prefix=prefix.rstrip("/") or None)
+        self._apps.append(app)
+
+
+def _blueprint(name: str) -> Blueprint:
+    blueprint = Blueprint(name, __name__)
+    options = {"provide_automatic_options": False, "strict_slashes": False, "merge_slashes": False}
+    for rule, view in (("health", health), ("health/live", live), ("health/ready", ready)):
+        endpoint = rule.replace("/", "_")
+        blueprint.add_url_rule(f"/_relay/{rule}", endpoint, _at(name, view), methods=["GET"])
+    methods = [*_METHODS, *_OTHER_METHODS]
+    relay = _at(name, relay_request)
+    blueprint.add_url_rule("/", "relay", relay, defaults={"rest": ""}, methods=methods, **options)
+    blueprint.add_url_rule("/<relay_rest:rest>", "relay", relay, methods=methods, **options)
+    blueprint.register_error_handler(errors.RelayError, error_response)
+    return blueprint
+
+
+def _at(name: str, view: Callable[..., Any]) -> Callable[..., Any]:
+    """A view that is called with its relay's mount in the app that serves the request."""
+
+    def bound(**arguments: Any) -> Any:
+        return view(current_app.extensions["relay"][name], **arguments)
+
+    return bound
+
+
+# The views.
+
+
+def relay_request(mount: Mount, rest: str) -> Response:
+    """Check the request, read it whole, and answer with a stream that starts when Flask's contexts are gone."""
+    settings = mount.settings
+    environ = request.environ
+    request_id = _request_id()
+    address = access.client_address(environ, settings)
+    access.check_origin(environ, settings)
+    if mount.service:
+        access.check_host(environ, settings)
+        access.check_peer(address, settings)
+    path, query = raw_target(environ, rest)
+    if request.method in _OTHER_METHODS:
+        raise errors.MethodNotAllowed(f"the relay does not pass on {request.method}")
+    fault = bad_target(path, query)
+    if fault:
+        raise errors.BadRequest(fault, code="bad_path")
+    if not allows(settings.allow, request.method, path):
+        raise errors.Forbidden(
+            f"{request.method} on this path is not among what this relay passes on (RELAY_ALLOW)",
+            code="path_not_allowed",
+        )
+    body = read_body(request, settings.max_body)
+    record = Record(
+        request_id=request_id,
+        method=request.method,
+        route=f"{mount.name}.relay",
+        client=address,
+        mount=mount.name,
+        asks_for_events=asks_for_events(request, path, body),
+    )
+    overrides = {"X-Request-ID": request_id}
+    if mount.request_headers is not None:
+        overrides.update(mount.request_headers())
+    exchange = mount.upstream().exchange(
+        request.method, f"/{path}" if path else "", query, mount.headers.select(environ), body, overrides
+    )
+    def admit() -> Lease:
+        lease = mount.slots.take(settings.queue)
+        if lease is None:
+            raise errors.Full(
+                "the relay is serving as many streams as it may (RELAY_MAX_STREAMS)", retry_after=_RETRY_AFTER
+            )
+        return lease
+
+    def begin(response: Response, start_response: Callable[..., Any]) -> Iterable[bytes]:
+        return Stream(
+            exchange,
+            record,
+            settings,
+            start_response,
+            client=_client_socket(environ),
+            http10=environ.get("SERVER_PROTOCOL") == "HTTP/1.0",
+            present=lambda headers: _complete(headers, list(response.headers), request_id),
+            admit=admit,
+            drain=mount.drain,
+            ended=log.ended,
+            closed=response.close,
+        )
+
+    return _relayed(begin)
+
+
+def health(mount: Mount) -> Response:
+    """The report for people and probes: 503 when the upstream is down or the relay is about to stop."""
+    known = mount.health.known()
+    status = "draining" if mount.drain.draining else known.status
+    response = jsonify(
+        {
+            "status": status,
+            "upstream": known.report() | ({"demo": True} if mount.settings.upstream_url is None else {}),
+            "streams": {"open": mount.slots.open, "max": mount.slots.maximum},
+            "version": __version__,
+            "uptime_s": round(time.monotonic() - mount.started, 1),
+        }
+    )
+    response.status_code = 503 if status in ("down", "draining") else 200
+    return _uncached(response)
+
+
+def live(mount: Mount) -> Response:
+    """The process works."""
+    return _uncached(jsonify({"status": "ok"}))
+
+
+def ready(mount: Mount) -> Response:
+    """New requests are welcome; an upstream that is down does not change that."""
+    draining = mount.drain.draining
+    response = jsonify({"status": "draining" if draining else "ok"})
+    response.status_code = 503 if draining else 200
+    return _uncached(response)
+
+
+def error_response(error: errors.RelayError) -> Response:
+    """An error of the relay's as its JSON, with the headers that every response of the relay's carries."""
+    request_id = _request_id()
+    response = Response(error.json(request_id), status=error.status, content_type="application/json")
+    for name, value in [*error.headers(), *SANDBOX, ("X-Request-ID", request_id), ("Cache-Control", "no-store")]:
+        response.headers[name] = value
+    return response
+
+
+# What the views need.
+
+
+class _Deferred:
+    """Mixed into the app's response class: answers WSGI with a stream, whose status and headers come later."""
+
+    relay_begin: Callable[[Any, Callable[..., Any]], Iterable[bytes]]
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        return self.relay_begin(self, start_response)
+
+
+_deferred_classes: dict[type, type] = {}
+
+
+def _relayed(begin: Callable[[Any, Callable[..., Any]], Iterable[bytes]]) -> Response:
+    """A response that `begin` turns into a stream. Holds nothing that would have to be freed if it is never served."""
+    base = current_app.response_class
+    deferred = _deferred_classes.get(base)
+    if deferred is None:
+        # Flask turns a response of any other class into the app's own, by assigning to its __class__.
+        deferred = _deferred_classes[base] = type("RelayedResponse", (_Deferred, base), {})
+    response: Response = deferred()
+    response.headers.clear()
+    response.relay_begin = begin  # type: ignore[attr-defined]
+    return response
+
+
+def _complete(headers: Headers, of_the_shop: Headers, request_id: str) -> Headers:
+    """The upstream's headers and the relay's, with those that the shop's own hooks have put on the response.
+
+    The shop's win over the upstream's, but not over those that keep a stranger's content harmless and a stream moving.
+    """
+    ours = {name.lower() for name, _ in SANDBOX}
+    if any(name == "X-Accel-Buffering" for name, _ in headers):
+        ours |= {"x-accel-buffering", "cache-control"}
+    framing = {"content-type", "content-length"}
+    shop = [pair for pair in of_the_shop if pair[0].lower() not in ours | framing]
+    replaced = {name.lower() for name, _ in shop} - {"vary", "set-cookie", "link"}
+    return [
+        *(pair for pair in headers if pair[0].lower() not in replaced),
+        *shop,
+        ("X-Request-ID", request_id),
+    ]
+
+
+def _request_id() -> str:
+    """The caller's request id if it is sane, else a new one; the same for the whole request."""
+    environ = request.environ
+    known = environ.get("relay.request_id")
+    if known is None:
+        known = sane_request_id(environ.get("HTTP_X_REQUEST_ID")) or os.urandom(16).hex()
+        environ["relay.request_id"] = known
+    return str(known)
+
+
+def _client_socket(environ: Mapping[str, Any]) -> Any:
+    """The client's socket where the server shows it and it carries this response alone."""
+    if environ.get("HTTP_VERSION") == "2":  # gunicorn's mark of a stream among others on one connection
+        return None
+    return environ.get("gunicorn.socket") or environ.get("werkzeug.socket")
+
+
+def _uncached(response: Response) -> Response:
+    response.headers["Cache-Control"] = "no-store"
+    return response

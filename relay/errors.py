@@ -1,0 +1,131 @@
+"""The relay's own errors: each knows its HTTP status, its code and the end reason of its stream.
+
+No Flask and no sockets in here. An error is raised where it is noticed and translated once, at the boundary:
+into a JSON response while nothing has been sent, into an error frame (`relay.sse`) afterwards. None of them is an
+OSError, because a WSGI server takes an OSError out of an application for trouble with the client and answers
+nothing at all; the one exception is `StreamCut`, whose purpose is exactly that.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+
+
+class RelayError(Exception):
+    """A failure that the client is told of.
+
+    `message` is a sentence for the person who reads it: what was wrong and what to do. It never holds a key, a header
+    value of the client's or a part of a request body.
+    """
+
+    status = 500
+    code = "relay_error"
+    type = "relay_error"
+    #: Why a stream that fails so has ended (`relay_streams_ended_total`); None: it never became a stream.
+    reason: str | None = None
+    #: False: the request reached the upstream, so an SDK that repeats it may pay twice (`x-should-retry: false`).
+    may_retry = True
+
+    def __init__(self, message: str, *, code: str | None = None, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        if code is not None:
+            self.code = code
+        self.retry_after = retry_after  # whole seconds, for `Retry-After`
+
+    def headers(self) -> list[tuple[str, str]]:
+        """The response headers that belong to this error and to no other response."""
+        headers = []
+        if self.retry_after is not None:
+            headers.append(("Retry-After", str(self.retry_after)))
+        if not self.may_retry:
+            headers.append(("x-should-retry", "false"))
+        return headers
+
+    def json(self, request_id: str) -> str:
+        """The body of the error, in the shape that OpenAI's and Anthropic's SDKs read. One line."""
+        error = {"message": self.message, "type": self.type, "code": self.code, "request_id": request_id}
+        return json.dumps({"error": error})
+
+
+class BadRequest(RelayError):
+    status, code, type = 400, "bad_request", "invalid_request_error"
+
+
+class Unauthorized(RelayError):
+    status, code, type = 401, "invalid_api_key", "authentication_error"
+
+
+class Forbidden(RelayError):
+    status, code, type = 403, "not_allowed", "permission_error"
+
+
+class NotFound(RelayError):
+    status, code, type = 404, "not_found", "invalid_request_error"
+
+
+class MethodNotAllowed(RelayError):
+    status, code, type = 405, "method_not_allowed", "invalid_request_error"
+
+
+class BodyTooLarge(RelayError):
+    status, code, type = 413, "body_too_large", "invalid_request_error"
+
+
+class TooMany(RelayError):
+    status, code, type = 429, "rate_limit_exceeded", "rate_limit_error"
+
+
+class Full(RelayError):
+    status, code, type = 503, "full", "overloaded_error"
+
+
+class UpstreamUnreachable(RelayError):
+    """No connection to the upstream: refused, no such name, TLS not accepted. Nothing was sent."""
+
+    status, code, type, reason = 502, "upstream_unreachable", "upstream_error", "upstream_error"
+
+
+class UpstreamFailed(RelayError):
+    """The upstream took the request and then hung up, or answered something that cannot be relayed."""
+
+    status, code, type, reason = 502, "upstream_error", "upstream_error", "upstream_error"
+    may_retry = False
+
+
+class UpstreamCut(RelayError):
+    """The upstream's body ended before it was complete. Only ever told in a stream: the head is out by then."""
+
+    status, code, type, reason = 502, "upstream_cut", "upstream_error", "upstream_cut"
+    may_retry = False
+
+
+class ConnectTimeout(RelayError):
+    status, code, type, reason = 504, "connect_timeout", "timeout_error", "connect_timeout"
+
+
+class FirstByteTimeout(RelayError):
+    status, code, type, reason = 504, "first_byte_timeout", "timeout_error", "first_byte_timeout"
+    may_retry = False
+
+
+class IdleTimeout(RelayError):
+    status, code, type, reason = 504, "idle_timeout", "timeout_error", "idle_timeout"
+    may_retry = False
+
+
+class Drained(RelayError):
+    status, code, type, reason = 503, "drained", "overloaded_error", "drained"
+    may_retry = False
+
+
+class StreamCut(BrokenPipeError):
+    """Ends the client's connection without a clean end of the body.
+
+    Raised out of the WSGI iterator. gunicorn (gevent and gthread) and Flask's own server take a broken pipe for a
+    client that went: what was written is delivered, the last chunk is not sent, and nothing is logged.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(errno.EPIPE, "the stream is cut on purpose")

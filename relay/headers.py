@@ -1,0 +1,140 @@
+"""Which headers pass which way, and what the relay adds. No input or output.
+
+The lists are those of the README's section on headers. Hop-by-hop fields follow RFC 9110 section 7.6.1: they and
+the fields that `Connection` names belong to one connection and are never passed on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from relay import sse
+
+_HOP_BY_HOP = frozenset(
+    "connection keep-alive proxy-connection te trailer transfer-encoding upgrade proxy-authenticate "
+    "proxy-authorization http2-settings".split()
+)
+
+# Framing is written anew; `Expect` was answered by the server in front.
+_REWRITTEN = frozenset("host content-length accept-encoding expect x-request-id".split())
+_OF_THE_BROWSER = frozenset("cookie origin".split())
+_CREDENTIALS = frozenset("authorization x-api-key api-key".split())
+# What proxies and identity-aware front ends say of the client. Model providers' networks refuse requests that seem to
+# come through another network, and the rest names people.
+_OF_PROXIES = frozenset("forwarded x-real-ip via cdn-loop true-client-ip referer cookie2".split())
+_PREFIXES_OF_PROXIES = (
+    "sec-", "proxy-", "x-forwarded-", "cf-", "x-amzn-", "x-ms-", "x-goog-iap-", "x-auth-request-", "remote-",
+    "x-csrf", "x-xsrf",
+)  # fmt: skip
+
+_NEVER_BACK = frozenset(
+    "server date alt-svc strict-transport-security clear-site-data refresh nel report-to service-worker-allowed "
+    "content-length x-request-id x-content-type-options content-security-policy".split()
+)
+_OF_THE_ORIGIN = frozenset(["set-cookie", "set-cookie2"])
+
+#: On every relayed response: it must not run as a page, a script or a frame on the origin that serves it.
+SANDBOX = [("X-Content-Type-Options", "nosniff"), ("Content-Security-Policy", "default-src 'none'; sandbox")]
+#: On every event stream: nobody on the way may hold, store or change it. The second line is nginx's.
+UNBUFFERED = [("Cache-Control", "no-cache, no-store, no-transform"), ("X-Accel-Buffering", "no")]
+
+_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@/+=-]{0,127}")
+
+
+def sane_request_id(value: str | None) -> str | None:
+    """The caller's request id if it may stand in headers and logs as it is, else None."""
+    return value if value and _SANE_REQUEST_ID.fullmatch(value) else None
+
+
+class RequestHeaders:
+    """Chooses the client's headers that go upstream. Built once for a relay; the answers per name are remembered.
+
+    `drop`: further names, lower case. `own_credentials`: the relay or its clients have keys of their own, so the
+    client's must not go on. `transparent`: cookies and the origin go through too (an upstream of one's own).
+    """
+
+    #: Client-chosen names are remembered up to this many, so that nobody can fill the memory with them.
+    _REMEMBERED = 1024
+
+    def __init__(self, *, drop: Iterable[str] = (), own_credentials: bool, transparent: bool = False) -> None:
+        self._drop = frozenset(drop) | _HOP_BY_HOP | _REWRITTEN | _OF_PROXIES
+        if own_credentials:
+            self._drop |= _CREDENTIALS
+        if not transparent:
+            self._drop |= _OF_THE_BROWSER
+        self._names: dict[str, str | None] = {}
+
+    def select(self, environ: Mapping[str, object]) -> list[tuple[str, str]]:
+        """The pairs of name and value (latin-1 text, a character a byte) out of a WSGI environ."""
+        names = self._names
+        headers: list[tuple[str, str]] = []
+        named = environ.get("HTTP_CONNECTION")
+        for key, value in environ.items():
+            if key.startswith("HTTP_"):
+                try:
+                    name = names[key]
+                except KeyError:
+                    name = self._remember(key)
+                if name is not None:
+                    headers.append((name, str(value)))
+        content_type = environ.get("CONTENT_TYPE")
+        if content_type:
+            headers.append(("Content-Type", str(content_type)))
+        if named:
+            hop = connection_tokens(str(named))
+            headers = [(name, value) for name, value in headers if name.lower() not in hop]
+        return headers
+
+    def _remember(self, key: str) -> str | None:
+        # WSGI names have lost their case; fields are case-insensitive (RFC 9110 section 5.1).
+        name: str | None = key[5:].replace("_", "-").title()
+        lower = str(name).lower()
+        if lower in self._drop or lower.startswith(_PREFIXES_OF_PROXIES):
+            name = None
+        if len(self._names) < self._REMEMBERED:
+            self._names[key] = name
+        return name
+
+
+def connection_tokens(value: str) -> set[str]:
+    """The field names, lower case, that a `Connection` value declares to be hop-by-hop."""
+    return {token.strip().lower() for token in value.split(",")}
+
+
+def response_headers(
+    upstream: Iterable[tuple[str, str]], fields: Mapping[str, str], *, has_body: bool, transparent: bool = False
+) -> list[tuple[str, str]]:
+    """The headers of a relayed response: the upstream's that may come back, and the relay's own.
+
+    `upstream` are the pairs as they came, `fields` the same by lower-case name. `has_body` False: the framing fields
+    describe a body that is not sent (an answer to HEAD, a 304) and stay. Repeated headers stay repeated.
+    """
+    event_stream = sse.is_event_stream(fields.get("content-type", ""))
+    drop = _HOP_BY_HOP | _NEVER_BACK
+    if event_stream:
+        drop |= {"cache-control"}
+    if not transparent:
+        drop |= _OF_THE_ORIGIN
+    if "connection" in fields:
+        drop |= connection_tokens(fields["connection"])
+    headers = []
+    for name, value in upstream:
+        lower = name.lower()
+        if lower in drop or lower.startswith("x-accel-"):
+            continue
+        if lower.startswith("access-control-") and not transparent:
+            continue
+        headers.append((name, value))
+    # An event stream is framed anew, because comments may be added to it.
+    if "content-length" in fields and not event_stream:
+        headers.append(("Content-Length", fields["content-length"].partition(",")[0].strip()))
+    headers += SANDBOX
+    if event_stream:
+        headers += UNBUFFERED
+    elif has_body and "content-length" not in fields:
+        headers.append(UNBUFFERED[1])  # a body of unknown length comes as it is made
+    upstream_id = fields.get("x-request-id") or fields.get("request-id")  # OpenAI's name, Anthropic's
+    if upstream_id:
+        headers.append(("X-Upstream-Request-ID", upstream_id))
+    return headers

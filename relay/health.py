@@ -1,0 +1,118 @@
+"""What is known of the upstream, and asking when that is stale. Knows nothing of Flask and of requests in flight."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+from relay import errors
+from relay.settings import Settings
+from relay.upstream import Upstream
+
+#: Seconds that a caller waits for a probe under way before it gets the last known state.
+_PATIENCE = 1.0
+#: An answer's body is read up to this, so that its connection can be used again; no list of models is longer.
+_MOST_BODY = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """One piece of evidence of the upstream. `status_code` None: it did not answer HTTP, and `error` says why."""
+
+    status_code: int | None
+    latency_ms: float | None
+    key: str
+    at: float  # seconds since the epoch
+    monotonic: float
+    source: str
+    error: str | None = None
+
+    @property
+    def status(self) -> str:
+        """`ok`, `degraded` (it answers, but with a failure of its own or by refusing the key) or `down`."""
+        if self.status_code is None:
+            return "down"
+        return "degraded" if self.status_code >= 500 or self.key == "rejected" else "ok"
+
+    def report(self) -> dict[str, Any]:
+        report = {
+            "reachable": self.status_code is not None,
+            "status_code": self.status_code,
+            "latency_ms": None if self.latency_ms is None else round(self.latency_ms, 1),
+            "key": self.key,
+            "checked_at": datetime.fromtimestamp(self.at, timezone.utc).isoformat(timespec="seconds"),
+            "source": self.source,
+        }
+        if self.error:
+            report["error"] = self.error
+        return report
+
+
+class Health:
+    """The state of one upstream. At most one probe is under way, and its answer serves everybody for a while."""
+
+    def __init__(self, settings: Settings, upstream: Callable[[], Upstream]) -> None:
+        self._settings = settings
+        self._upstream = upstream
+        self._known: Known | None = None
+        self._lock = threading.Lock()
+        self._probing: threading.Event | None = None
+
+    def known(self) -> Known:
+        """What is known now, asking the upstream if that is stale. Takes at most a second, whatever the upstream does.
+
+        While a probe takes longer than that, the last known state; if there is none, `down` with the reason.
+        """
+        known = self._known
+        ttl = self._settings.health_ttl
+        if known is not None and time.monotonic() - known.monotonic < ttl:
+            return known
+        with self._lock:
+            probing = self._probing
+            if probing is None:
+                probing = self._probing = threading.Event()
+                threading.Thread(target=self._probe, args=(probing,), name="relay-probe", daemon=True).start()
+        probing.wait(min(_PATIENCE, self._settings.health_timeout + 0.1))
+        return self._known or _failed("the upstream has not answered the first probe yet")
+
+    def _probe(self, done: threading.Event) -> None:
+        """Ask once and remember the answer."""
+        try:
+            self._known = self._ask()
+        finally:
+            with self._lock:
+                self._probing = None
+            done.set()
+
+    def _ask(self) -> Known:
+        settings = self._settings
+        started = time.monotonic()
+        exchange = self._upstream().exchange("GET", f"/{settings.health_path}", None, [], None)
+        # For an answer that trickles in: closing the exchange from beside ends the wait for its head.
+        timer = threading.Timer(settings.health_timeout, exchange.close)
+        timer.daemon = True
+        timer.start()
+        try:
+            exchange.open(within=settings.health_timeout)
+            latency = (time.monotonic() - started) * 1000
+            status = exchange.head.status
+            exchange.drain(_MOST_BODY)
+        except errors.RelayError as error:
+            return _failed(error.message)
+        except Exception:
+            return _failed(f"the upstream did not answer within {settings.health_timeout:g} s (RELAY_HEALTH_TIMEOUT)")
+        finally:
+            timer.cancel()
+            exchange.close()
+        key = "not checked"
+        if settings.adds_key:
+            key = "rejected" if status in (401, 403) else "accepted" if status < 400 else "not checked"
+        return Known(status, latency, key, time.time(), time.monotonic(), "probe")
+
+
+def _failed(error: str) -> Known:
+    return Known(None, None, "not checked", time.time(), time.monotonic(), "probe", error)

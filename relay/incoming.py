@@ -1,0 +1,94 @@
+"""What a client asks for, taken out of a WSGI request: the raw target, the whole body, whether it wants events."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+from urllib.parse import quote, unquote_to_bytes
+
+from flask import Request
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+
+from relay import errors, paths, sse
+
+#: Where a POST with `"stream": true` in its JSON is answered with an event stream: the paths of OpenAI's and
+#: Anthropic's APIs, whatever stands before them (Azure's deployments).
+_STREAMING_PATHS = ("/chat/completions", "/completions", "/responses", "/messages")
+#: A larger body is not looked into.
+_MOST_JSON = 1024 * 1024
+#: Methods whose missing body is announced as empty (RFC 9110 section 8.6), as some servers insist on a length.
+_WITH_BODY = frozenset(["POST", "PUT", "PATCH"])
+
+
+def raw_target(environ: dict[str, Any], rest: str) -> tuple[str, str | None]:
+    """The raw path below the mount and the raw query, as they came: latin-1 text, a character a byte.
+
+    `rest` is what Flask has routed as the part below the mount, decoded. It decides where the raw path is cut, since
+    the prefix may come in any encoding, and in front of it whatever a server or middleware has moved to SCRIPT_NAME.
+    The query is None where there is no question mark. A server that shows no raw target gets it encoded anew.
+    """
+    path_info = str(environ.get("PATH_INFO", ""))
+    below = path_info[len(path_info) - len(rest.encode("utf-8", "surrogateescape").decode("latin-1")) :] if rest else ""
+    raw = environ.get("RAW_URI") or environ.get("REQUEST_URI")
+    if raw:
+        path, query = paths.split_target(str(raw))
+        if not below:
+            return "", query
+        segments = path.split("/")
+        tail = "/".join(segments[len(segments) - below.count("/") - 1 :])
+        for candidate in (tail, *_tails(path)):
+            if unquote_to_bytes(candidate.encode("latin-1")).decode("latin-1") == below:
+                return candidate, query
+    query_string = str(environ.get("QUERY_STRING", ""))
+    return quote(below.encode("latin-1"), safe="/:@!$&'()*+,;=~-._"), query_string or None
+
+
+def _tails(path: str) -> list[str]:
+    """Every tail of a path that begins after a slash; an encoded slash below the mount hides one from the count."""
+    return [path[i + 1 :] for i, character in enumerate(path[:-1]) if character == "/"]
+
+
+def read_body(request: Request, limit: int) -> bytes | None:
+    """The whole request body; None if the request has none.
+
+    Raises BodyTooLarge above `limit` bytes, and BadRequest if the client sent less than it announced: half a request
+    must never go upstream.
+    """
+    environ = request.environ
+    announced = environ.get("CONTENT_LENGTH")
+    chunked = "chunked" in str(environ.get("HTTP_TRANSFER_ENCODING", "")).lower()
+    if not announced and not chunked:
+        return b"" if request.method in _WITH_BODY else None
+    request.max_content_length = limit
+    too_large = errors.BodyTooLarge(f"the request body is over {limit} bytes (RELAY_MAX_BODY)")
+    cut = errors.BadRequest("the request body ended before it was complete", code="truncated_body")
+    try:
+        body = request.get_data(cache=False)
+    except RequestEntityTooLarge:
+        raise too_large from None
+    except (HTTPException, OSError, ValueError):
+        raise cut from None
+    if len(body) > limit:
+        raise too_large
+    if announced and not chunked and len(body) != int(announced):
+        raise cut
+    return body
+
+
+def asks_for_events(request: Request, path: str, body: bytes | None) -> bool:
+    """Whether the answer to this request is sure to be an event stream, should it succeed.
+
+    Only then may the relay answer before the upstream has. `path` is the raw path below the mount.
+    """
+    accepts = {item.partition(";")[0].strip().lower() for item in request.headers.get("Accept", "").split(",")}
+    if sse.MEDIA_TYPE in accepts:
+        return "application/json" not in accepts
+    if request.method != "POST" or not f"/{path}".endswith(_STREAMING_PATHS):
+        return False
+    if not body or len(body) > _MOST_JSON or b'"stream"' not in body:
+        return False
+    try:
+        asked = json.loads(body)
+    except ValueError:
+        return False
+    return isinstance(asked, dict) and asked.get("stream") is True

@@ -1,0 +1,379 @@
+"""The life of one stream, from the request that is about to go upstream to its one end. The hot path.
+
+A `Stream` is the WSGI iterable that the blueprint's response hands to the server after Flask's contexts are gone. The
+server calls `__next__`, writes what it gets, and calls again: so a slow client slows the upstream by itself, since
+nothing is read upstream while the server writes. The story from top to bottom: open, hold, answer, relay, end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from relay import errors, sse, waiting
+from relay.headers import SANDBOX, UNBUFFERED, response_headers
+
+if TYPE_CHECKING:
+    from relay.http1 import Head
+    from relay.limits import Lease
+    from relay.settings import Settings
+    from relay.upstream import Exchange
+
+Headers = list[tuple[str, str]]
+monotonic = time.monotonic
+_NEVER = float("inf")
+#: Seconds between two looks at a write that may be stuck.
+_LONGEST_LOOK = 15.0
+
+
+class ClientGone(Exception):
+    """The client has left: there is nobody to tell."""
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """What is known of one relayed request; complete once it has ended. For the log, the metrics and `on_end`."""
+
+    request_id: str
+    method: str
+    route: str
+    client: str
+    mount: str
+    asks_for_events: bool = False
+    status: int = 0
+    reason: str = ""
+    upstream_request_id: str = ""
+    first_byte: float | None = None  # seconds from the request to the upstream's head
+    seconds: float = 0.0
+    bytes: int = 0
+    events: int = 0
+    heartbeats: int = 0
+    longest_gap: float = 0.0  # seconds between two arrivals
+
+
+class Drain:
+    """When the streams of this process must end; `at` is infinite until the server is told to stop."""
+
+    def __init__(self) -> None:
+        self.at = _NEVER
+        self.open: set[Stream] = set()
+
+    def begin(self, at: float) -> None:
+        """Let open streams go on until `at` (monotonic seconds)."""
+        self.at = at
+        for stream in list(self.open):
+            stream.wake()
+
+    @property
+    def draining(self) -> bool:
+        return self.at != _NEVER
+
+
+class Stream:
+    """One relayed exchange as a WSGI iterable. `close` ends it wherever it stands, and does so once."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        record: Record,
+        settings: Settings,
+        start_response: Callable[..., Any],
+        *,
+        client: Any,
+        http10: bool,
+        present: Callable[[Headers], Headers],
+        admit: Callable[[], Lease],
+        drain: Drain,
+        ended: Callable[[Record], None],
+        closed: Callable[[], None],
+    ) -> None:
+        """`client`: the client's socket or None. `present` completes a response's headers. `admit` gives
+        the lease on the way in or raises; it is released, and `ended` called, when the stream has ended. `closed` is
+        called when the server is done with the response."""
+        self._exchange = exchange
+        self.record = record
+        self._settings = settings
+        self._start_response = start_response
+        self._client = client
+        self._http10 = http10
+        self._present = present
+        self._admit = admit
+        self._lease: Lease | None = None
+        self._drain = drain
+        self._ended = ended
+        self._closed = closed
+        self._waiter = waiting.waiter(client, self._check_write)
+        self._task: waiting.Task | None = None
+        self._tracker: sse.Tracker | None = None  # only for a body that something may be added to
+        self._step: Callable[[], bytes] = self._open
+        self._over = False
+        self._started = now = monotonic()
+        # Clocks, all in monotonic seconds.
+        self._hold_at = self._held_until(now)
+        self._held = False
+        self._arrived = now  # the last byte from upstream
+        self._quiet_since = now  # since when the upstream is waited for, writing to the client left out
+        self._beat_at = _NEVER  # the next heartbeat
+        self._writing_since = 0.0  # since when the server writes what it was given; 0: it does not
+        self._write_seen = 0.0  # the write that was looked at last, by the time it began
+        self._progress_at = 0.0
+        self._unsent = 0
+        self._broken = "client_gone"  # the end reason if the server gives up writing
+        self._deadline = _NEVER
+        drain.open.add(self)
+
+    def _held_until(self, now: float) -> float:
+        settings = self._settings
+        if not self.record.asks_for_events or not settings.hold or not settings.heartbeat:
+            return _NEVER
+        return now + settings.hold
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> bytes:
+        self._writing_since = 0.0
+        try:
+            data = self._step()
+        except errors.RelayError as error:
+            data = self._fail(error)
+        except ClientGone:
+            self._end("client_gone")
+            raise errors.StreamCut from None
+        self._writing_since = monotonic()
+        return data
+
+    # Before the upstream's answer.
+
+    def _open(self) -> bytes:
+        """Have the request sent and wait for the head of the answer; meanwhile, if asked for events, hold the line."""
+        task = self._task
+        if task is None:
+            self._lease = self._admit()
+            task = self._task = self._waiter.run(self._exchange.open)
+        while not task.finished:
+            now = monotonic()
+            if now >= self._drain.at:
+                raise errors.Drained("the relay is restarting and the upstream has not answered yet")
+            deadline = self._check_opening(now)
+            if self._held:
+                if now >= self._beat_at:
+                    self._beat_at = now + self._settings.heartbeat
+                    return self._heartbeat(sse.HEARTBEAT)
+                deadline = min(deadline, self._beat_at)
+            elif now >= self._hold_at:
+                return self._hold(now)
+            if self._waiter.wait(min(deadline, self._hold_at, self._drain.at)) is waiting.GONE:
+                raise ClientGone
+        if task.error is not None:
+            raise task.error
+        self._task = None
+        return self._answer(self._exchange.head)
+
+    def _check_opening(self, now: float) -> float:
+        """The next deadline while there is no answer. Raises if one has passed."""
+        settings = self._settings
+        if not self._exchange.connected:
+            connect_by = self._started + settings.connect_timeout
+            if now >= connect_by:
+                raise errors.ConnectTimeout(
+                    f"no connection to the upstream within {settings.connect_timeout:g} s (RELAY_CONNECT_TIMEOUT)"
+                )
+            return connect_by
+        answer_by = self._started + settings.first_byte_timeout
+        if now >= answer_by:
+            raise errors.FirstByteTimeout(
+                f"no answer from the upstream within {settings.first_byte_timeout:g} s (RELAY_FIRST_BYTE_TIMEOUT)"
+            )
+        return answer_by
+
+    def _hold(self, now: float) -> bytes:
+        """Answer before the upstream has: proxies and clients on the way give up on a silent connection."""
+        self._held = True
+        self._hold_at = _NEVER
+        self._beat_at = now + self._settings.heartbeat
+        self._tracker = sse.Tracker()
+        headers = [("Content-Type", "text/event-stream; charset=utf-8"), *SANDBOX, *UNBUFFERED]
+        self._start(200, "OK", headers)
+        return self._heartbeat(sse.HEARTBEAT)
+
+    # The answer.
+
+    def _answer(self, head: Head) -> bytes:
+        """Pass on the head of the answer, and go on to its body."""
+        now = self._arrived = self._quiet_since = monotonic()
+        record = self.record
+        record.first_byte = now - self._started
+        record.upstream_request_id = head.fields.get("x-request-id") or head.fields.get("request-id") or ""
+        plain_events = (
+            sse.is_event_stream(head.fields.get("content-type", ""))
+            and head.fields.get("content-encoding", "identity").strip().lower() == "identity"
+        )
+        if self._held:
+            if head.status != 200 or not plain_events:
+                raise errors.UpstreamFailed(
+                    f"the upstream answered {head.status} {head.reason} and no event stream, after the stream had begun"
+                )
+        else:
+            headers = response_headers(
+                head.headers, head.fields, has_body=not head.framing.done, transparent=self._settings.transparent
+            )
+            if plain_events and record.method != "HEAD":
+                self._tracker = sse.Tracker()
+            self._start(head.status, head.reason, headers)
+        if self._tracker is not None and self._settings.heartbeat:
+            self._beat_at = now + self._settings.heartbeat
+        else:
+            self._beat_at = _NEVER
+        self._waiter.watch(self._exchange.sock)
+        self._step = self._relay
+        # The empty piece makes the server send the headers at once. What came with them follows without a wait.
+        return b""
+
+    def _start(self, status: int, reason: str, headers: Headers) -> None:
+        self.record.status = status
+        self._start_response(f"{status} {reason}", self._present(headers))
+
+    # The body: this runs for every piece.
+
+    def _relay(self) -> bytes:
+        """The next bytes for the client: the upstream's as they have arrived, or a heartbeat in its silence."""
+        read = self._exchange.read
+        while True:
+            data = read()
+            if data:
+                now = monotonic()
+                record = self.record
+                gap = now - self._arrived
+                if gap > record.longest_gap:
+                    record.longest_gap = gap
+                self._arrived = now
+                self._quiet_since = 0.0  # counts from when it is written
+                record.bytes += len(data)
+                if self._tracker is not None:
+                    self._tracker.feed(data)
+                return data
+            if data is not None:
+                self._end("done")
+                raise StopIteration
+            now = monotonic()
+            if now >= self._drain.at:
+                raise errors.Drained("the relay is restarting; the answer is not complete")
+            if not self._quiet_since:
+                self._quiet_since = now
+                self._beat_at = now + self._settings.heartbeat if self._beat_at != _NEVER else _NEVER
+            beat = self._silence(now)
+            if beat:
+                return beat
+            if self._waiter.wait(self._deadline) is waiting.GONE:
+                raise ClientGone
+
+    def _silence(self, now: float) -> bytes:
+        """What the upstream's silence calls for now: nothing yet, a heartbeat, or the end."""
+        idle = self._settings.idle_timeout
+        idle_at = self._quiet_since + idle if idle else _NEVER
+        if now >= idle_at:
+            raise errors.IdleTimeout(f"the upstream has sent nothing for {idle:g} s (RELAY_IDLE_TIMEOUT)")
+        if now >= self._beat_at:
+            self._beat_at = now + self._settings.heartbeat
+            beat = self._tracker.heartbeat if self._tracker is not None else b""
+            if beat:
+                return self._heartbeat(beat)
+        self._deadline = min(idle_at, self._beat_at, self._drain.at)
+        return b""
+
+    def _heartbeat(self, comment: bytes) -> bytes:
+        self.record.heartbeats += 1
+        return comment
+
+    # The end.
+
+    def _fail(self, error: errors.RelayError) -> bytes:
+        """Tell the client of a failure: with a status if none was sent, with a frame where one fits, else by a cut."""
+        record = self.record
+        begun = record.status != 0
+        tracker = self._tracker
+        if not begun:
+            record.status = error.status
+        self._end(error.reason or "upstream_error")
+        body = error.json(record.request_id).encode()
+        if not begun:
+            self._step = self._stop
+            headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), *error.headers()]
+            self._start(error.status, _REASONS.get(error.status, "Error"), headers + SANDBOX)
+            return body
+        self._step = self._cut
+        if tracker is not None and tracker.at_boundary:
+            return sse.error_frame(error.json(record.request_id))
+        return self._cut()
+
+    def _stop(self) -> NoReturn:
+        raise StopIteration
+
+    def _cut(self) -> NoReturn:
+        """End the connection so that nobody takes the body for whole."""
+        if self._http10 and self._client is not None:
+            # Only a reset tells an HTTP/1.0 client. It overtakes what is still on its way, so wait for that.
+            give_up = monotonic() + 2.0
+            while waiting.unsent(self._client) and monotonic() < give_up:
+                time.sleep(0.005)
+            waiting.reset(self._client)
+        raise errors.StreamCut
+
+    def _end(self, reason: str) -> None:
+        """Free everything and report; only the first call counts."""
+        if self._over:
+            return
+        self._over = True
+        record = self.record
+        record.reason = reason
+        record.seconds = monotonic() - self._started
+        if self._tracker is not None:
+            record.events = self._tracker.events
+        self._drain.open.discard(self)
+        if self._task is not None and not self._task.finished:
+            self._waiter.abort(self._task)
+        self._exchange.close()
+        if self._lease is not None:
+            self._lease.release()
+        self._writing_since = record.seconds + self._started  # what the server still writes may get stuck too
+        self._ended(record)
+
+    def close(self) -> None:
+        """The server is done with this response, for whatever reason."""
+        # Not ended yet: the server's write failed, or it stopped iterating.
+        self._end(self._broken)
+        self._waiter.close()
+        self._closed()
+
+    # From outside the stream's own greenlet or thread.
+
+    def wake(self) -> None:
+        """Have the clocks looked at again: the drain has begun."""
+        self._waiter.wake()
+
+    def _check_write(self) -> float:
+        """Look after a write that may be stuck: the server waits in it, and only a reset frees it.
+
+        Progress is what the client's kernel has acknowledged; a slow reader makes some. Returns the seconds until it
+        wants to look again.
+        """
+        limit = self._settings.write_timeout or _NEVER
+        since = self._writing_since
+        if since and self._client is not None:
+            now = monotonic()
+            unsent = waiting.unsent(self._client)
+            if since != self._write_seen:
+                self._write_seen = self._progress_at = since
+            elif unsent is not None and unsent < self._unsent:
+                self._progress_at = now
+            self._unsent = unsent or 0
+            if now - self._progress_at >= limit or now >= self._drain.at:
+                self._broken = "write_timeout" if now < self._drain.at else "drained"
+                waiting.reset(self._client)
+        return min(limit / 4, _LONGEST_LOOK)
+
+
+_REASONS = {502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout"}
