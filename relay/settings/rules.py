@@ -1,0 +1,85 @@
+"""What must hold between settings, each of them sound on its own.
+
+A rule is asked only if all settings that it reads were sound: a fault in RELAY_CLIENT_KEYS must not also be told as
+"there are no client keys".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from relay.settings.access import carries_key
+from relay.settings.places import clash, loopback
+
+Values: TypeAlias = Mapping[str, Any]
+
+
+def broken_rules(values: Values, *, service: bool) -> list[str]:
+    """Return a sentence for each rule that `values`, the sound ones by attribute, break."""
+    rules = _ALWAYS + (_IN_SERVICE if service else _MOUNTED)
+    sentences = (rule(values) for reads, rule in rules if all(attribute in values for attribute in reads))
+    return [sentence for sentence in sentences if sentence]
+
+
+def adds_key(values: Values) -> bool:
+    """Whether requests would go upstream with a key of the relay's."""
+    return carries_key(values["upstream_key"], values["upstream_headers"], values["upstream_query"])
+
+
+def _one_key_header(values: Values) -> str:
+    header = values["upstream_key_header"].lower()
+    names = {name.lower() for name, _ in values["upstream_headers"]}
+    if values["upstream_key"] is None or header not in names:
+        return ""
+    return (
+        "RELAY_UPSTREAM_HEADERS = (not shown): sets the header that RELAY_UPSTREAM_KEY goes into; keep one of the two"
+    )
+
+
+def _mounted_upstream(values: Values) -> str:
+    if values["upstream_url"] is not None:
+        return ""
+    return (
+        "RELAY_UPSTREAM_URL is not set: set it to the upstream's base URL, such as https://api.openai.com/v1"
+        " (only the service has a demo to fall back on)"
+    )
+
+
+def _demo_on_loopback(values: Values) -> str:
+    if values["upstream_url"] is not None or loopback(values["bind"]):
+        return ""
+    return (
+        "RELAY_UPSTREAM_URL is not set: set it, or bind to 127.0.0.1; the demo that serves without it is for this"
+        f" machine only, and RELAY_BIND is {values['bind']!r}"
+    )
+
+
+def _key_not_for_strangers(values: Values) -> str:
+    guarded = values["client_keys"] or values["allow_anonymous"]
+    if not adds_key(values) or guarded or loopback(values["bind"]):
+        return ""
+    return (
+        f"RELAY_BIND = {values['bind']!r}: whoever can connect could spend the upstream key; set RELAY_CLIENT_KEYS,"
+        " or bind to 127.0.0.1, or say RELAY_ALLOW_ANONYMOUS=on if that is meant"
+    )
+
+
+def _two_addresses(values: Values) -> str:
+    bind, admin = values["bind"], values["admin_bind"]
+    if admin is None or not clash(bind, admin):
+        return ""
+    return f"RELAY_ADMIN_BIND = {admin!r}: must differ from RELAY_BIND, which is {bind!r}"
+
+
+_Rule: TypeAlias = tuple[tuple[str, ...], Callable[[Values], str]]
+_KEY = ("upstream_key", "upstream_headers", "upstream_query")
+
+# What a rule reads, and the rule.
+_ALWAYS: tuple[_Rule, ...] = ((("upstream_key", "upstream_key_header", "upstream_headers"), _one_key_header),)
+_MOUNTED: tuple[_Rule, ...] = ((("upstream_url",), _mounted_upstream),)
+_IN_SERVICE: tuple[_Rule, ...] = (
+    (("upstream_url", "bind"), _demo_on_loopback),
+    ((*_KEY, "client_keys", "allow_anonymous", "bind"), _key_not_for_strangers),
+    (("bind", "admin_bind"), _two_addresses),
+)
