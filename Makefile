@@ -1,0 +1,72 @@
+# `make run` is all that a fresh machine needs; `make` alone lists what there is.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+SHELL := /bin/sh
+
+VENV := .venv
+# The Python that the virtual environment is made with: make PYTHON=python3.12 run. Empty: the first that is new enough.
+PYTHON ?=
+IN_VENV := $(VENV)/bin/python
+
+# Stamps inside the environment say what is installed, so that a second call installs nothing. An environment that does
+# not work any more (moved, or its Python is gone) is made anew.
+RUN := $(VENV)/.installed-run
+DEV := $(VENV)/.installed-dev
+ifneq ($(shell $(IN_VENV) -c 'print("works")' 2>/dev/null),works)
+.PHONY: $(RUN) $(DEV)
+endif
+
+.PHONY: help
+help: ## List these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: install
+install: $(RUN) ## Set up .venv with what running needs
+	@echo "$(VENV) is ready"
+
+.PHONY: run
+run: $(RUN) ## Serve on 127.0.0.1:8000 (without RELAY_UPSTREAM_URL: a demo upstream)
+	@tools/hello
+	@exec $(IN_VENV) -m gunicorn wsgi:app
+
+.PHONY: up
+up: $(RUN) ## Serve behind the shipped nginx, on 127.0.0.1:8080
+	@tools/system-packages nginx
+	@exec $(IN_VENV) tools/up
+
+.PHONY: test
+test: $(DEV) ## Run every test, with real gunicorn and nginx (ARGS="-k name" for some)
+	@tools/system-packages nginx
+	$(IN_VENV) -m pytest $(ARGS)
+
+.PHONY: check
+check: $(DEV) ## Lint, check formatting, types and the shipped configuration
+	@tools/system-packages nginx
+	$(IN_VENV) -m ruff check
+	$(IN_VENV) -m ruff format --check
+	$(IN_VENV) -m mypy
+	PATH="$$PATH:/usr/sbin" tools/nginx-test
+
+.PHONY: bench
+bench: $(DEV) ## Measure, beside other ways to do it
+	$(IN_VENV) -m bench $(ARGS)
+
+.PHONY: soak
+soak: $(DEV) ## Clients and upstreams that misbehave at random, for a while
+	$(IN_VENV) -m tests.soak $(ARGS)
+
+.PHONY: clean
+clean: ## Remove .venv, caches and what nginx has written
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+	find nginx/run -mindepth 1 -not -name .gitignore -delete
+
+$(RUN): requirements.txt
+	@tools/venv $(VENV) requirements.txt $(PYTHON)
+	@touch $@
+
+# The development requirements include the others.
+$(DEV): requirements-dev.txt requirements.txt
+	@tools/venv $(VENV) requirements-dev.txt $(PYTHON)
+	@touch $(RUN) $@

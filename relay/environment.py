@@ -1,0 +1,52 @@
+"""What the service reads its settings from: the process's environment, and a `.env` file where that is silent.
+
+What the values mean is not its business: relay.settings checks them. It puts nothing into os.environ, so that a reload
+sees the file as it is then.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from relay.settings import SettingsError
+
+_held: dict[str, str] | None = None
+
+
+def environment() -> dict[str, str]:
+    """What `hold` was given last; before that, what `read` gives."""
+    return read() if _held is None else dict(_held)
+
+
+def read() -> dict[str, str]:
+    """The environment over the working directory's `.env`. Without python-dotenv a `.env` is left alone.
+
+    Values in the file are taken literally: `${…}` in a key is part of the key. A name without `=` sets nothing. Raises
+    SettingsError for a file that cannot be read.
+    """
+    values: dict[str, str] = {}
+    file = Path(".env")
+    if file.is_file():
+        try:
+            from dotenv import dotenv_values
+        except ModuleNotFoundError:
+            pass
+        else:
+            try:
+                found = dotenv_values(file, interpolate=False, encoding="utf-8-sig")
+            except (OSError, UnicodeDecodeError) as error:
+                raise SettingsError((f".env cannot be read: {error}",)) from error
+            values.update({name: value for name, value in found.items() if value is not None})
+    values.update(os.environ)
+    return values
+
+
+def hold(values: dict[str, str]) -> None:
+    """Give `values` to every later call of `environment`, in this process and those forked from it.
+
+    gunicorn's master holds what it has checked: a `.env` that is faulty when a reload or a replaced worker comes does
+    not keep the workers from starting.
+    """
+    global _held  # noqa: PLW0603 - what the process runs with is one thing
+    _held = dict(values)

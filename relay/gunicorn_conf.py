@@ -1,0 +1,166 @@
+"""gunicorn's configuration for the relay: `gunicorn -c python:relay.gunicorn_conf` from any folder.
+
+Importing it patches the process for gevent and reads the environment, so nothing but gunicorn (and gunicorn.conf.py
+beside a checkout) should. With a faulty setting it says which and ends with status 78 (EX_CONFIG), no traceback. On
+SIGHUP a faulty `.env` is reported and the service goes on with what it had; `python:` does not read the file again.
+"""
+
+# First, before anything can import urllib3: a TLS class picked up before gevent has patched it ends in a
+# RecursionError at the first HTTPS request.
+from gevent import monkey
+
+monkey.patch_all()
+
+import math  # noqa: E402
+import os  # noqa: E402
+import resource  # noqa: E402
+import shutil  # noqa: E402
+import sys  # noqa: E402
+import tempfile  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+from relay import cpus, environment  # noqa: E402
+from relay.settings import Settings, SettingsError  # noqa: E402
+
+#: Streams a worker takes when RELAY_MAX_STREAMS is not set.
+_STREAMS = 900
+#: Open files a worker is given at most: far more than 2 for each of 900 streams, far less than what some containers
+#: call unlimited (a billion), over which programs like to loop.
+_FILES = 65_536
+
+_running: dict[str, Any] = {}
+_metrics_folder: list[str] = []
+
+
+def configure() -> dict[str, Any]:
+    """Every gunicorn setting that the relay chooses, by name. In brackets: the default that each replaces."""
+    try:
+        values = environment.read()
+        settings = Settings.from_mapping(values, service=True)
+        workers = _workers(values)
+    except SettingsError as fault:
+        if not _running:
+            print(fault, file=sys.stderr, flush=True)  # noqa: T201 - no log exists yet
+            sys.exit(os.EX_CONFIG)
+        print(f"Not reloaded, running on as before:\n{fault}", file=sys.stderr, flush=True)  # noqa: T201
+        return _running
+    environment.hold(values)
+    streams = settings.max_streams or _STREAMS
+
+    _running.update(
+        {
+            # What is served when the command line names no application. [none]
+            "wsgi_app": "relay.app:create_app()",
+            # Two listeners, each with a pool of connections of its own: health and metrics answer on the second even
+            # when the first is full. [127.0.0.1:8000]
+            "bind": [settings.bind, *([settings.admin_bind] if settings.admin_bind else [])],
+            # One process for each CPU that it may use; a container's quota counts, the host's CPUs do not. [1]
+            "workers": workers,
+            # gunicorn's gevent worker, where an open stream costs a greenlet and not a thread, and a drain. [sync]
+            "worker_class": "relay.worker.Worker",
+            # Connections to each listener and worker: when they are used up, accepting stops and everybody waits in
+            # the dark. So twice the streams: the rest are idle keep-alive connections, requests that wait for a slot,
+            # and those that are told at once that there is none. [1000]
+            "worker_connections": 2 * streams + 200,
+            # Connections that the kernel holds while all workers are busy: a burst of clients that reconnect at once.
+            # The kernel lowers it to net.core.somaxconn. [2048]
+            "backlog": 4096,
+            # A worker whose event loop has not turned for so long is killed. It says nothing about how long a stream
+            # may take: the loop turns on while streams wait. [30]
+            "timeout": 60,
+            # After SIGTERM or a reload the relay ends what is still open at RELAY_DRAIN, with an error frame; gunicorn
+            # kills what is left, with nothing. It must come second. [30]
+            "graceful_timeout": math.ceil(settings.drain) + 5,
+            # Idle client connections. Longer than the proxy in front keeps them (nginx/snippets/relay-upstream.conf:
+            # 3 s): the side that closes first must be the one that sends requests, or a request meets a closed
+            # connection and becomes a 502. Not much longer, for an idle one holds a stopping worker back. [2]
+            "keepalive": math.ceil(settings.keepalive),
+            # EventSource can only put what it has to say into the URL. 8190 is the most that gunicorn allows. [4094]
+            "limit_request_line": 8190,
+            # One header, its name included; 8 KiB is a common limit, and must fit. [8190]
+            "limit_request_field_size": 16_380,
+            # Streams live for hours; a worker that is due for a restart stops accepting until its last one ends.
+            # [0, spelled out because many guides set it]
+            "max_requests": 0,
+            # Loading the application in the master would open its connections there, before the fork. [False]
+            "preload_app": False,
+            # With a socket for each worker, connections wait in the queue of a full one while another is idle. [False]
+            "reuse_port": False,
+            # Who is speaking, and over which scheme, is decided in one place: RELAY_TRUSTED_PROXIES. gunicorn's own
+            # opinion could differ from it (SCRIPT_NAME moves routes; two scheme headers make an HTML 400).
+            # [127.0.0.1,::1; SCRIPT_NAME,PATH_INFO; X-Forwarded-Proto and two more]
+            "forwarded_allow_ips": "",
+            "forwarder_headers": "",
+            "secure_scheme_headers": {},
+            # The same parser wherever it runs: `auto` takes gunicorn_h1c if something else has installed it. [auto]
+            "http_parser": "python",
+            # Inside gunicorn HTTP/2 serves one stream of a connection at a time: nginx ends it. [h1]
+            "http_protocols": "h1",
+            # Each worker touches a file once a second; on a disk that is busy this blocks the loop, and with it all
+            # streams. [the temporary folder]
+            "worker_tmp_dir": _memory_folder(),
+            # Nobody here uses gunicornc, and its socket is one more way in. [False]
+            "control_socket_disable": True,
+            # The relay logs each request itself, when it has ended: gunicorn's line would have its query, and with it
+            # prompts and tickets. [None: off]
+            "accesslog": None,
+            # Shown by ps and top, if setproctitle is installed. [gunicorn]
+            "proc_name": "relay",
+            "on_starting": _start,
+            "child_exit": _worker_ended,
+            "on_exit": _end,
+        }
+    )
+    return _running
+
+
+def _workers(values: dict[str, str]) -> int:
+    text = values.get("WEB_CONCURRENCY", "").strip()
+    if not text:
+        return cpus.allowed()
+    if not text.isdecimal() or not 1 <= int(text) <= 1024:
+        raise SettingsError((f"WEB_CONCURRENCY = {text!r}: must be a number of workers, 1 to 1024",))
+    return int(text)
+
+
+def _memory_folder() -> str | None:
+    folder = Path("/dev/shm")  # noqa: S108 - gunicorn makes an unnamed file there
+    return str(folder) if folder.is_dir() and os.access(folder, os.W_OK | os.X_OK) else None
+
+
+def _start(_server: object) -> None:
+    _raise_file_limit()
+    # Workers count into files that whoever is asked for the metrics adds up. Each start begins with an empty folder:
+    # files of an earlier one would be added too.
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="relay-metrics-", dir=_memory_folder())
+        _metrics_folder.append(os.environ["PROMETHEUS_MULTIPROC_DIR"])
+
+
+def _worker_ended(_server: object, worker: Any) -> None:
+    # A worker that was killed cannot take back its open streams. Its counters stay: they must never go down.
+    try:
+        from prometheus_client.multiprocess import mark_process_dead
+    except ModuleNotFoundError:
+        return
+    mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
+
+
+def _end(_server: object) -> None:
+    for folder in _metrics_folder:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _raise_file_limit() -> None:
+    # The usual soft limit of 1024 is less than 900 streams need: each is a client's socket and an upstream's. Only the
+    # soft one is raised, which everybody may; workers inherit it.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max(_FILES, 3 * int(_running["worker_connections"]))
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+globals().update(configure())
