@@ -1,0 +1,146 @@
+"""What every test has: the running service, the watchdog, and the servers' logs when one fails."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import signal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+from harness import servers
+from harness.client import Client
+from harness.upstream import Upstream
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator
+    from types import FrameType
+
+    from harness.servers import Gunicorn, Nginx
+
+WATCHDOG = 60  # seconds for one test with its fixtures
+_GRACE = 30  # more, until the process is ended because not even the alarm got through
+_LOG_TAIL = 8000
+
+
+_upstreams: list[Upstream] = []
+
+
+@dataclass
+class Service:
+    """A relay in front of a scriptable upstream. `port` is where clients connect."""
+
+    name: str
+    upstream: Upstream
+    relay: Gunicorn
+    nginx: Nginx | None
+    client: Client
+    mount: str = "/v1"
+
+    @property
+    def port(self) -> int:
+        return self.client.port
+
+
+@pytest.fixture(scope="session")
+def _servers() -> Iterator[tuple[Upstream, Gunicorn]]:
+    with Upstream() as upstream:
+        _upstreams.append(upstream)
+        settings = {"RELAY_UPSTREAM_URL": upstream.base_url, "WEB_CONCURRENCY": "1"}
+        with servers.gunicorn(settings) as relay:
+            yield upstream, relay
+        _upstreams.remove(upstream)
+
+
+@pytest.fixture(scope="session")
+def service(_servers: tuple[Upstream, Gunicorn]) -> Iterator[Service]:
+    """The service as shipped, with one worker and no key, shared by the whole session."""
+    upstream, relay = _servers
+    with Client(relay.port) as client:
+        yield Service("gunicorn", upstream, relay, None, client)
+
+
+@pytest.fixture(scope="session")
+def behind_nginx(_servers: tuple[Upstream, Gunicorn]) -> Iterator[Service]:
+    """The same service behind the shipped nginx."""
+    upstream, relay = _servers
+    with servers.nginx(relay.port, relay.admin_port) as proxy, Client(proxy.port) as client:
+        yield Service("nginx", upstream, relay, proxy, client)
+
+
+@pytest.fixture(params=["gunicorn", "nginx"])
+def hop(request: pytest.FixtureRequest) -> Service:
+    """The service, once directly and once through nginx."""
+    name = "service" if request.param == "gunicorn" else "behind_nginx"
+    found: Service = request.getfixturevalue(name)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _nothing_failed_unseen() -> Iterator[None]:
+    """No handler of the session's upstream failed, and nothing running logged a traceback."""
+    servers.fallen.clear()
+    for server in servers.running:
+        server.mark()
+    yield
+    for upstream in _upstreams:
+        upstream.check()
+    for server in servers.running:
+        server.check()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """The servers' logs of a failed test belong to its report."""
+    report = yield
+    if report.failed:
+        for server in servers.running:
+            text = server.log_since_mark()[-_LOG_TAIL:]
+            report.sections.append((f"log of {server.name} on {server.port}, this test", text))
+        for name, text in servers.fallen:
+            report.sections.append((f"log of {name}, ended", text[-_LOG_TAIL:]))
+    return report
+
+
+class WatchdogExpired(BaseException):
+    """A test took too long. No Exception, so that nothing on the way takes it for its own."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", f"watchdog(seconds): another limit than {WATCHDOG} s")
+    # Before the capture of the first test: where a stuck session can still say why.
+    config.stash[_STDERR] = os.dup(2)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    with contextlib.suppress(KeyError):
+        os.close(config.stash[_STDERR])
+
+
+_STDERR = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """After the limit all threads' tracebacks, and the test fails; later still the process ends."""
+    marker = item.get_closest_marker("watchdog")
+    seconds: float = marker.args[0] if marker else WATCHDOG
+    stderr = item.config.stash[_STDERR]
+
+    def expired(number: int, frame: FrameType | None) -> None:
+        faulthandler.dump_traceback(stderr)
+        raise WatchdogExpired(f"{item.nodeid} ran for more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, expired)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    faulthandler.dump_traceback_later(seconds + _GRACE, exit=True, file=stderr)
+    try:
+        return (yield)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        faulthandler.cancel_dump_traceback_later()
