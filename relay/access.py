@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from relay import errors
-from relay.settings import Settings
+
+if TYPE_CHECKING:
+    from relay.settings import Settings
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 

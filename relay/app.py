@@ -7,11 +7,12 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from flask import Flask, Response
+from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
 
-from relay import blueprint, environment, errors, log
+from relay import blueprint, environment, errors, log, stream
 from relay.blueprint import Relay
+from relay.metrics import CONTENT_TYPE, metrics
 from relay.settings import Settings
 
 
@@ -22,11 +23,16 @@ def create_app(config: Mapping[str, object] | None = None) -> Flask:
     """
     settings = Settings.from_mapping(environment.environment() if config is None else config, service=True)
     app = Flask("relay", static_folder=None)
-    app.json.sort_keys = False  # type: ignore[attr-defined]
     _log_to_stdout()
+    stream.drain.seconds = settings.drain
     mount = Relay().init_service(app, settings)
-    for path, view in (("/health", blueprint.health), ("/health/live", blueprint.live), ("/health/ready", blueprint.ready)):
-        app.add_url_rule(path, f"service{path.replace('/', '_')}", _bound(view, mount), methods=["GET"])
+    for name, view in (
+        ("health", blueprint.health),
+        ("health/live", blueprint.live),
+        ("health/ready", blueprint.ready),
+    ):
+        app.add_url_rule(f"/{name}", f"service_{name.replace('/', '_')}", _bound(view, mount), methods=["GET"])
+    app.add_url_rule("/metrics", "service_metrics", lambda: _metrics(settings), methods=["GET"])
     app.register_error_handler(errors.RelayError, blueprint.error_response)
     app.register_error_handler(HTTPException, _http_error)
     app.register_error_handler(Exception, _bug)
@@ -37,6 +43,24 @@ def create_app(config: Mapping[str, object] | None = None) -> Flask:
 
 def _bound(view: Any, mount: blueprint.Mount) -> Any:
     return lambda: view(mount)
+
+
+def _metrics(settings: Settings) -> Response:
+    """All workers' metrics, on the admin address only: they tell who uses how much."""
+    if not _on_admin_address(settings):
+        raise errors.NotFound("there is nothing at this path; metrics are on RELAY_ADMIN_BIND")
+    return Response(metrics().expose(), content_type=CONTENT_TYPE)
+
+
+def _on_admin_address(settings: Settings) -> bool:
+    """Whether the request came in at RELAY_ADMIN_BIND, by its socket's own address and not by what it says of itself."""
+    sock = request.environ.get("gunicorn.socket")
+    if settings.admin_bind is None or sock is None:
+        return False
+    here = sock.getsockname()
+    if not isinstance(here, tuple):
+        return settings.admin_bind == f"unix:{here}"
+    return settings.admin_bind.rpartition(":")[2] == str(here[1])
 
 
 def _log_to_stdout() -> None:
@@ -51,7 +75,7 @@ def _log_to_stdout() -> None:
 def _http_error(error: HTTPException) -> Response:
     """What Flask refuses itself, in the relay's shape."""
     if error.code == 404:
-        known: errors.RelayError = errors.NotFound("there is nothing at this path; what is relayed lies below RELAY_MOUNT")
+        known: errors.RelayError = errors.NotFound("nothing is at this path; what is relayed lies below RELAY_MOUNT")
     elif error.code == 405:
         known = errors.MethodNotAllowed("this path does not take this method")
     else:
@@ -64,6 +88,6 @@ def _http_error(error: HTTPException) -> Response:
     return response
 
 
-def _bug(error: Exception) -> Response:
+def _bug(_error: Exception) -> Response:
     log.logger.exception("a request failed in the relay itself")
     return blueprint.error_response(errors.RelayError("the relay failed; its log says why under this request id"))

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from flask import Blueprint, Flask, Response, current_app, jsonify, request
+from flask import Blueprint, Flask, Response, current_app, request
 from werkzeug.routing import BaseConverter
 
 from relay import access, errors, log, waiting
 from relay.headers import SANDBOX, RequestHeaders, sane_request_id
 from relay.health import Health
 from relay.incoming import asks_for_events, raw_target, read_body
-from relay.limits import Lease, Slots, streams_that_files_allow
+from relay.limits import Admission, streams_that_files_allow
+from relay.metrics import metrics
 from relay.paths import allows, bad_target
 from relay.settings import Settings
-from relay.stream import Drain, Headers, Record, Stream
+from relay.stream import Headers, Record, Stream, drain
 from relay.upstream import Upstream
 from relay.version import __version__
 
@@ -26,8 +28,6 @@ _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _OTHER_METHODS = ("TRACE", "CONNECT")
 _DEFAULT_STREAMS = 900
 _DEFAULT_STREAMS_IN_THREADS = 8
-#: Seconds after which a client that found the relay full may come again.
-_RETRY_AFTER = 1
 
 HeadersHook = Callable[[], Mapping[str, str]]
 
@@ -48,13 +48,12 @@ class Mount:
         self.settings = settings
         self.service = service
         self.request_headers = request_headers
-        self.drain = Drain()
-        self.slots = Slots(_streams(settings))
-        self.health = Health(settings, self.upstream)
+        self.admission = Admission(_streams(settings), settings.max_streams_per_client)
+        self.health = Health(name, settings, self.upstream)
         self.started = time.monotonic()
         self.headers = RequestHeaders(
             drop=settings.drop_headers,
-            own_credentials=bool(settings.upstream_key or settings.client_keys),
+            own_credentials=settings.adds_key or bool(settings.client_keys),
             transparent=settings.transparent,
         )
         self._upstream: Upstream | None = None
@@ -203,13 +202,6 @@ def relay_request(mount: Mount, rest: str) -> Response:
     exchange = mount.upstream().exchange(
         request.method, f"/{path}" if path else "", query, mount.headers.select(environ), body, overrides
     )
-    def admit() -> Lease:
-        lease = mount.slots.take(settings.queue)
-        if lease is None:
-            raise errors.Full(
-                "the relay is serving as many streams as it may (RELAY_MAX_STREAMS)", retry_after=_RETRY_AFTER
-            )
-        return lease
 
     def begin(response: Response, start_response: Callable[..., Any]) -> Iterable[bytes]:
         return Stream(
@@ -220,9 +212,8 @@ def relay_request(mount: Mount, rest: str) -> Response:
             client=_client_socket(environ),
             http10=environ.get("SERVER_PROTOCOL") == "HTTP/1.0",
             present=lambda headers: _complete(headers, list(response.headers), request_id),
-            admit=admit,
-            drain=mount.drain,
-            ended=log.ended,
+            admission=mount.admission,
+            ended=_ended,
             closed=response.close,
         )
 
@@ -232,36 +223,38 @@ def relay_request(mount: Mount, rest: str) -> Response:
 def health(mount: Mount) -> Response:
     """The report for people and probes: 503 when the upstream is down or the relay is about to stop."""
     known = mount.health.known()
-    status = "draining" if mount.drain.draining else known.status
-    response = jsonify(
+    status = "draining" if drain.draining else known.status
+    response = _json(
         {
             "status": status,
             "upstream": known.report() | ({"demo": True} if mount.settings.upstream_url is None else {}),
-            "streams": {"open": mount.slots.open, "max": mount.slots.maximum},
+            "streams": {"open": mount.admission.open, "max": mount.admission.maximum},
             "version": __version__,
             "uptime_s": round(time.monotonic() - mount.started, 1),
         }
     )
     response.status_code = 503 if status in ("down", "draining") else 200
-    return _uncached(response)
+    return response
 
 
-def live(mount: Mount) -> Response:
+def live(_mount: Mount) -> Response:
     """The process works."""
-    return _uncached(jsonify({"status": "ok"}))
+    return _json({"status": "ok"})
 
 
-def ready(mount: Mount) -> Response:
+def ready(_mount: Mount) -> Response:
     """New requests are welcome; an upstream that is down does not change that."""
-    draining = mount.drain.draining
-    response = jsonify({"status": "draining" if draining else "ok"})
+    draining = drain.draining
+    response = _json({"status": "draining" if draining else "ok"})
     response.status_code = 503 if draining else 200
-    return _uncached(response)
+    return response
 
 
 def error_response(error: errors.RelayError) -> Response:
     """An error of the relay's as its JSON, with the headers that every response of the relay's carries."""
     request_id = _request_id()
+    metrics().refused(error.code)
+    log.refused(error, request_id, request.method)
     response = Response(error.json(request_id), status=error.status, content_type="application/json")
     for name, value in [*error.headers(), *SANDBOX, ("X-Request-ID", request_id), ("Cache-Control", "no-store")]:
         response.headers[name] = value
@@ -269,6 +262,23 @@ def error_response(error: errors.RelayError) -> Response:
 
 
 # What the views need.
+
+
+def _ended(record: Record) -> None:
+    if record.admitted:
+        metrics().ended(
+            record.mount,
+            status=record.status,
+            reason=record.reason,
+            first_byte=record.first_byte,
+            seconds=record.seconds,
+            longest_gap=record.longest_gap,
+            size=record.bytes,
+            heartbeats=record.heartbeats,
+        )
+    elif record.status:
+        metrics().refused(record.reason)
+    log.ended(record)
 
 
 class _Deferred:
@@ -331,6 +341,8 @@ def _client_socket(environ: Mapping[str, Any]) -> Any:
     return environ.get("gunicorn.socket") or environ.get("werkzeug.socket")
 
 
-def _uncached(response: Response) -> Response:
+def _json(report: Mapping[str, Any]) -> Response:
+    """A report as JSON in the order of its keys, which an app's own provider may sort."""
+    response = Response(json.dumps(report) + "\n", content_type="application/json")
     response.headers["Cache-Control"] = "no-store"
     return response

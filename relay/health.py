@@ -7,11 +7,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from relay import errors
-from relay.settings import Settings
-from relay.upstream import Upstream
+from relay.metrics import metrics
+from relay.upstream import Aborted
+
+if TYPE_CHECKING:
+    from relay.settings import Settings
+    from relay.upstream import Upstream
 
 #: Seconds that a caller waits for a probe under way before it gets the last known state.
 _PATIENCE = 1.0
@@ -55,7 +59,8 @@ class Known:
 class Health:
     """The state of one upstream. At most one probe is under way, and its answer serves everybody for a while."""
 
-    def __init__(self, settings: Settings, upstream: Callable[[], Upstream]) -> None:
+    def __init__(self, mount: str, settings: Settings, upstream: Callable[[], Upstream]) -> None:
+        self._mount = mount
         self._settings = settings
         self._upstream = upstream
         self._known: Known | None = None
@@ -82,7 +87,9 @@ class Health:
     def _probe(self, done: threading.Event) -> None:
         """Ask once and remember the answer."""
         try:
-            self._known = self._ask()
+            known = self._known = self._ask()
+            accepted = {"accepted": True, "rejected": False}.get(known.key)
+            metrics().upstream(self._mount, reachable=known.status_code is not None, key_accepted=accepted)
         finally:
             with self._lock:
                 self._probing = None
@@ -103,7 +110,7 @@ class Health:
             exchange.drain(_MOST_BODY)
         except errors.RelayError as error:
             return _failed(error.message)
-        except Exception:
+        except Aborted:
             return _failed(f"the upstream did not answer within {settings.health_timeout:g} s (RELAY_HEALTH_TIMEOUT)")
         finally:
             timer.cancel()

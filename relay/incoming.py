@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote_to_bytes
 
-from flask import Request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from relay import errors, paths, sse
+
+if TYPE_CHECKING:
+    from flask import Request
 
 #: Where a POST with `"stream": true` in its JSON is answered with an event stream: the paths of OpenAI's and
 #: Anthropic's APIs, whatever stands before them (Azure's deployments).

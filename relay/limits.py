@@ -4,53 +4,98 @@ from __future__ import annotations
 
 import resource
 import threading
-import time
+from collections import deque
+from collections.abc import Callable
+
+from relay import errors
 
 #: Open files that are not a stream's: listeners, logs, the pool's idle connections, health probes.
 _OTHER_FILES = 100
 #: A stream's: the client's socket and the upstream's.
 _FILES_PER_STREAM = 2
+#: Seconds after which a client that was refused may come again.
+_RETRY_AFTER = 1
 
 
 class Lease:
-    """The right to one open stream."""
+    """The right to one open stream, or a place in the queue for it: `granted` says which."""
 
-    __slots__ = ("_slots",)
+    __slots__ = ("_admission", "client", "granted", "wake")
 
-    def __init__(self, slots: Slots) -> None:
-        self._slots: Slots | None = slots
+    def __init__(self, admission: Admission, client: str, wake: Callable[[], None]) -> None:
+        self._admission: Admission | None = admission
+        self.client = client
+        self.wake = wake
+        self.granted = False
 
     def release(self) -> None:
-        """Give it back. Idempotent."""
-        slots, self._slots = self._slots, None
-        if slots is not None:
-            slots.give_back()
+        """Give it back, or leave the queue. Idempotent."""
+        admission, self._admission = self._admission, None
+        if admission is not None:
+            admission.take_back(self)
 
 
-class Slots:
-    """So many streams at a time, and a queue of bounded patience in front of them."""
+class Admission:
+    """So many streams at a time, so many of them for one client, and a queue in front."""
 
-    def __init__(self, maximum: int) -> None:
+    def __init__(self, maximum: int, per_client: int = 0) -> None:
+        """`per_client` 0: no limit for one client."""
         self.maximum = maximum
         self.open = 0
-        self._condition = threading.Condition()
+        self._per_client = per_client
+        self._of_client: dict[str, int] = {}
+        self._queue: deque[Lease] = deque()
+        self._lock = threading.Lock()
 
-    def take(self, wait: float) -> Lease | None:
-        """A lease, at once or within `wait` seconds; None: there is none."""
-        give_up = time.monotonic() + wait if wait else 0.0
-        with self._condition:
-            while self.open >= self.maximum:
-                left = give_up - time.monotonic() if wait else 0.0
-                if left <= 0:
-                    return None
-                self._condition.wait(left)
-            self.open += 1
-        return Lease(self)
+    def request(self, client: str, wake: Callable[[], None]) -> Lease:
+        """A lease for `client`, granted at once or, when others have given theirs back, later: then `wake` is called.
 
-    def give_back(self) -> None:
-        with self._condition:
-            self.open -= 1
-            self._condition.notify()
+        Whoever does not want to wait releases it. Raises TooMany if the client has as many as it may.
+        """
+        lease = Lease(self, client, wake)
+        with self._lock:
+            if self._per_client:
+                if self._of_client.get(client, 0) >= self._per_client:
+                    raise errors.TooMany(
+                        f"this client has {self._per_client} open streams, as many as it may "
+                        "(RELAY_MAX_STREAMS_PER_CLIENT)",
+                        code="too_many_streams",
+                        retry_after=_RETRY_AFTER,
+                    )
+                self._of_client[client] = self._of_client.get(client, 0) + 1
+            if self.open < self.maximum:
+                self.open += 1
+                lease.granted = True
+            else:
+                self._queue.append(lease)
+        return lease
+
+    def full(self) -> errors.Full:
+        """The error of a request that found no slot."""
+        return errors.Full(
+            f"the relay serves {self.maximum} streams at a time in each worker (RELAY_MAX_STREAMS), and all are taken",
+            retry_after=_RETRY_AFTER,
+        )
+
+    def take_back(self, lease: Lease) -> None:
+        """What Lease.release does, once."""
+        heir = None
+        with self._lock:
+            if self._per_client:
+                left = self._of_client[lease.client] - 1
+                if left:
+                    self._of_client[lease.client] = left
+                else:
+                    del self._of_client[lease.client]
+            if not lease.granted:
+                self._queue.remove(lease)
+            elif self._queue:
+                heir = self._queue.popleft()
+                heir.granted = True
+            else:
+                self.open -= 1
+        if heir is not None:
+            heir.wake()
 
 
 def streams_that_files_allow() -> int:

@@ -5,10 +5,25 @@ from __future__ import annotations
 import json
 import logging
 import os
+from typing import TYPE_CHECKING
 
-from relay.stream import Record
+if TYPE_CHECKING:
+    from relay.errors import RelayError
+    from relay.stream import Record
 
 logger = logging.getLogger("relay")
+
+
+def refused(error: RelayError, request_id: str, method: str) -> None:
+    """Write the line of a request that the relay answered itself, before it would have become a stream."""
+    line = {
+        "event": "refused",
+        "request_id": request_id,
+        "method": method,
+        "status": error.status,
+        "reason": error.code,
+    }
+    logger.info("%s", json.dumps(line))
 
 
 def ended(record: Record) -> None:

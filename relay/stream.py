@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from relay import errors, sse, waiting
 from relay.headers import SANDBOX, UNBUFFERED, response_headers
+from relay.metrics import metrics
 
 if TYPE_CHECKING:
     from relay.http1 import Head
-    from relay.limits import Lease
+    from relay.limits import Admission, Lease
     from relay.settings import Settings
     from relay.upstream import Exchange
 
@@ -42,6 +43,7 @@ class Record:
     client: str
     mount: str
     asks_for_events: bool = False
+    admitted: bool = False  # it got a lease: from then on it is a stream, and its end has one of the known reasons
     status: int = 0
     reason: str = ""
     upstream_request_id: str = ""
@@ -54,21 +56,31 @@ class Record:
 
 
 class Drain:
-    """When the streams of this process must end; `at` is infinite until the server is told to stop."""
+    """When the streams of this process must end. A server that stops sets it off; nothing else does."""
 
     def __init__(self) -> None:
-        self.at = _NEVER
+        self.seconds = 25.0  # how long open streams may go on once it has begun (RELAY_DRAIN)
+        self.at = _NEVER  # when they end, monotonic; infinite while nobody has told the server to stop
         self.open: set[Stream] = set()
-
-    def begin(self, at: float) -> None:
-        """Let open streams go on until `at` (monotonic seconds)."""
-        self.at = at
-        for stream in list(self.open):
-            stream.wake()
 
     @property
     def draining(self) -> bool:
         return self.at != _NEVER
+
+    def begin(self, at: float) -> None:
+        """Let open streams, and those still to come, go on until `at` (monotonic seconds)."""
+        self.at = at
+        for stream in list(self.open):
+            stream.wake()
+
+    def break_writes(self) -> None:
+        """Reset the clients that have not taken their streams' end. For use after `at`."""
+        for stream in list(self.open):
+            stream.break_write()
+
+
+#: A process drains as a whole.
+drain = Drain()
 
 
 class Stream:
@@ -84,14 +96,12 @@ class Stream:
         client: Any,
         http10: bool,
         present: Callable[[Headers], Headers],
-        admit: Callable[[], Lease],
-        drain: Drain,
+        admission: Admission,
         ended: Callable[[Record], None],
         closed: Callable[[], None],
     ) -> None:
-        """`client`: the client's socket or None. `present` completes a response's headers. `admit` gives
-        the lease on the way in or raises; it is released, and `ended` called, when the stream has ended. `closed` is
-        called when the server is done with the response."""
+        """`client`: the client's socket or None. `present` completes a response's headers. `ended` is
+        called when the stream has ended, `closed` when the server is done with the response."""
         self._exchange = exchange
         self.record = record
         self._settings = settings
@@ -99,19 +109,18 @@ class Stream:
         self._client = client
         self._http10 = http10
         self._present = present
-        self._admit = admit
+        self._admission = admission
         self._lease: Lease | None = None
-        self._drain = drain
         self._ended = ended
         self._closed = closed
         self._waiter = waiting.waiter(client, self._check_write)
         self._task: waiting.Task | None = None
         self._tracker: sse.Tracker | None = None  # only for a body that something may be added to
-        self._step: Callable[[], bytes] = self._open
+        self._step: Callable[[], bytes] = self._enter
         self._over = False
-        self._started = now = monotonic()
+        self._began = self._started = now = monotonic()
         # Clocks, all in monotonic seconds.
-        self._hold_at = self._held_until(now)
+        self._hold_at = _NEVER
         self._held = False
         self._arrived = now  # the last byte from upstream
         self._quiet_since = now  # since when the upstream is waited for, writing to the client left out
@@ -147,15 +156,30 @@ class Stream:
 
     # Before the upstream's answer.
 
+    def _enter(self) -> bytes:
+        """Get a lease, in the queue if there is none and waiting is wanted."""
+        lease = self._lease = self._admission.request(self.record.client, self._waiter.wake)
+        give_up = self._started + self._settings.queue
+        while not lease.granted:
+            if monotonic() >= min(give_up, drain.at):
+                raise self._admission.full()
+            if self._waiter.wait(min(give_up, drain.at)) is waiting.GONE:
+                raise ClientGone
+        self.record.admitted = True
+        metrics().opened(self.record.mount)
+        self._started = monotonic()  # the clocks are the upstream's
+        self._hold_at = self._held_until(self._started)
+        self._step = self._open
+        return self._open()
+
     def _open(self) -> bytes:
         """Have the request sent and wait for the head of the answer; meanwhile, if asked for events, hold the line."""
         task = self._task
         if task is None:
-            self._lease = self._admit()
             task = self._task = self._waiter.run(self._exchange.open)
         while not task.finished:
             now = monotonic()
-            if now >= self._drain.at:
+            if now >= drain.at:
                 raise errors.Drained("the relay is restarting and the upstream has not answered yet")
             deadline = self._check_opening(now)
             if self._held:
@@ -165,7 +189,7 @@ class Stream:
                 deadline = min(deadline, self._beat_at)
             elif now >= self._hold_at:
                 return self._hold(now)
-            if self._waiter.wait(min(deadline, self._hold_at, self._drain.at)) is waiting.GONE:
+            if self._waiter.wait(min(deadline, self._hold_at, drain.at)) is waiting.GONE:
                 raise ClientGone
         if task.error is not None:
             raise task.error
@@ -205,7 +229,7 @@ class Stream:
         """Pass on the head of the answer, and go on to its body."""
         now = self._arrived = self._quiet_since = monotonic()
         record = self.record
-        record.first_byte = now - self._started
+        record.first_byte = now - self._began
         record.upstream_request_id = head.fields.get("x-request-id") or head.fields.get("request-id") or ""
         plain_events = (
             sse.is_event_stream(head.fields.get("content-type", ""))
@@ -245,9 +269,11 @@ class Stream:
             data = read()
             if data:
                 now = monotonic()
+                if now >= drain.at:
+                    raise errors.Drained("the relay is restarting; the answer is not complete")
                 record = self.record
                 gap = now - self._arrived
-                if gap > record.longest_gap:
+                if gap > record.longest_gap:  # noqa: PLR1730 - max() costs a call for every event
                     record.longest_gap = gap
                 self._arrived = now
                 self._quiet_since = 0.0  # counts from when it is written
@@ -259,7 +285,7 @@ class Stream:
                 self._end("done")
                 raise StopIteration
             now = monotonic()
-            if now >= self._drain.at:
+            if now >= drain.at:
                 raise errors.Drained("the relay is restarting; the answer is not complete")
             if not self._quiet_since:
                 self._quiet_since = now
@@ -281,7 +307,7 @@ class Stream:
             beat = self._tracker.heartbeat if self._tracker is not None else b""
             if beat:
                 return self._heartbeat(beat)
-        self._deadline = min(idle_at, self._beat_at, self._drain.at)
+        self._deadline = min(idle_at, self._beat_at, drain.at)
         return b""
 
     def _heartbeat(self, comment: bytes) -> bytes:
@@ -297,7 +323,7 @@ class Stream:
         tracker = self._tracker
         if not begun:
             record.status = error.status
-        self._end(error.reason or "upstream_error")
+        self._end(error.reason or error.code)
         body = error.json(record.request_id).encode()
         if not begun:
             self._step = self._stop
@@ -329,16 +355,16 @@ class Stream:
         self._over = True
         record = self.record
         record.reason = reason
-        record.seconds = monotonic() - self._started
+        now = monotonic()
+        record.seconds = now - self._began
         if self._tracker is not None:
             record.events = self._tracker.events
-        self._drain.open.discard(self)
         if self._task is not None and not self._task.finished:
             self._waiter.abort(self._task)
         self._exchange.close()
         if self._lease is not None:
             self._lease.release()
-        self._writing_since = record.seconds + self._started  # what the server still writes may get stuck too
+        self._writing_since = now  # what the server still writes may get stuck too
         self._ended(record)
 
     def close(self) -> None:
@@ -346,6 +372,7 @@ class Stream:
         # Not ended yet: the server's write failed, or it stopped iterating.
         self._end(self._broken)
         self._waiter.close()
+        drain.open.discard(self)
         self._closed()
 
     # From outside the stream's own greenlet or thread.
@@ -353,6 +380,12 @@ class Stream:
     def wake(self) -> None:
         """Have the clocks looked at again: the drain has begun."""
         self._waiter.wake()
+
+    def break_write(self) -> None:
+        """Free the server from a write that outlasts the drain."""
+        if self._writing_since and self._client is not None:
+            self._broken = "drained"
+            waiting.reset(self._client)
 
     def _check_write(self) -> float:
         """Look after a write that may be stuck: the server waits in it, and only a reset frees it.
@@ -370,8 +403,8 @@ class Stream:
             elif unsent is not None and unsent < self._unsent:
                 self._progress_at = now
             self._unsent = unsent or 0
-            if now - self._progress_at >= limit or now >= self._drain.at:
-                self._broken = "write_timeout" if now < self._drain.at else "drained"
+            if now - self._progress_at >= limit:
+                self._broken = "write_timeout"
                 waiting.reset(self._client)
         return min(limit / 4, _LONGEST_LOOK)
 

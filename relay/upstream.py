@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+import certifi
 import requests
 import urllib3
 from requests.adapters import HTTPAdapter
@@ -26,6 +27,9 @@ from relay.paths import join
 
 if TYPE_CHECKING:
     from relay.settings import Settings
+
+if not hasattr(urllib3, "BaseHTTPResponse"):
+    raise ImportError("relay needs urllib3 2 or newer; `pip install -U requests urllib3` brings it")
 
 #: One read takes at most so much: large enough for whatever has queued up to go out in one write, and twice what an
 #: idle stream may cost is never allocated, since recv shrinks its buffer to what came.
@@ -46,8 +50,8 @@ class Exchange:
     """
 
     __slots__ = (
-        "_closed", "_connection", "_dry", "_first", "_read_size", "_response", "_upstream", "connected", "head", "method",
-        "reused", "sock", "wire",
+        "_closed", "_connection", "_dry", "_first", "_read_size", "_response", "_upstream", "connected", "head",
+        "method", "sock", "wire",
     )  # fmt: skip
 
     def __init__(self, upstream: Upstream, method: str, wire: bytes) -> None:
@@ -55,7 +59,6 @@ class Exchange:
         self.method = method
         self.wire: bytes | None = wire  # the request as it goes out
         self.connected = False  # a connection stands; the request is on its way
-        self.reused = False
         self.head: http1.Head
         self.sock: Any = None
         self._connection: _Mixin | None = None
@@ -68,8 +71,8 @@ class Exchange:
     def open(self, *, within: float | None = None) -> None:
         """Send the request and wait for the head of the answer.
 
-        `within`: seconds for each step on the way, in place of the settings' limits. Raises UpstreamUnreachable, UpstreamFailed, ConnectTimeout or FirstByteTimeout; Aborted if it was closed
-        meanwhile.
+        `within`: seconds for each step on the way, in place of the settings' limits. Raises UpstreamUnreachable,
+        UpstreamFailed, ConnectTimeout or FirstByteTimeout; Aborted if it was closed meanwhile.
         """
         request = requests.PreparedRequest()
         request.method, request.url = self.method, self._upstream.url
@@ -107,21 +110,20 @@ class Exchange:
                 if data:
                     return data
             while not framing.done:
-                # A read that did not fill its buffer has emptied the socket: wait rather than ask again.
+                # Each read is followed by a wait, even if more is there: the loop serves all other streams in between.
                 if self._dry:
                     self._dry = False
                     return None
-                try:
-                    raw = self.sock.recv(self._read_size)
-                except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                    return None
+                raw = self._read_tls() if self._upstream.tls else self.sock.recv(self._read_size)
+                self._dry = True
                 if not raw:
                     framing.end()
                     break
-                self._dry = len(raw) < self._read_size and not self._upstream.tls
                 data = framing.feed(raw)
                 if data:
                     return data
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return None
         except http1.Truncated:
             raise errors.UpstreamCut("the upstream closed the connection before its answer was complete") from None
         except http1.BadResponse as error:
@@ -129,6 +131,17 @@ class Exchange:
         except OSError:
             raise errors.UpstreamCut("the connection to the upstream broke before its answer was complete") from None
         return b""
+
+    def _read_tls(self) -> bytes:
+        """All that has arrived, up to the usual size. TLS gives it record by record, and most events are one."""
+        recv, left = self.sock.recv, self._read_size
+        pieces = [recv(left)]
+        try:
+            while pieces[-1] and (left := left - len(pieces[-1])) > 0:
+                pieces.append(recv(left))
+        except (BlockingIOError, ssl.SSLWantReadError):
+            pass
+        return b"".join(pieces)
 
     def drain(self, limit: int) -> None:
         """Read the rest of a short body and throw it away, waiting for it, so that its connection can be used again.
@@ -310,7 +323,7 @@ class _Adapter(HTTPAdapter):
 
 def _tls_context(ca: str | None) -> ssl.SSLContext:
     context = urllib3.util.ssl_.create_urllib3_context()
-    context.load_verify_locations(ca or requests.certs.where())
+    context.load_verify_locations(ca or certifi.where())
     return context
 
 
@@ -319,6 +332,10 @@ class _Mixin:
 
     sock: Any
     timeout: Any
+    _exchange: Exchange | None = None
+
+    def close(self) -> None:
+        super().close()  # type: ignore[misc]
 
     def request(self, method: str, url: str, body: Any = None, headers: Any = None, **_: Any) -> None:
         if self.sock is None:
@@ -328,8 +345,10 @@ class _Mixin:
         self._exchange = body
         self.sock.sendall(wire)
 
-    def getresponse(self) -> urllib3.HTTPResponse:  # type: ignore[override]
+    def getresponse(self) -> urllib3.HTTPResponse:
         exchange, self._exchange = self._exchange, None
+        if exchange is None:
+            raise RuntimeError("no request has been sent on this connection")
         self.sock.settimeout(self.timeout)
         data = b""
         while True:
@@ -364,11 +383,11 @@ class _Mixin:
         return False
 
 
-class _HTTPConnection(_Mixin, HTTPConnection):
+class _HTTPConnection(_Mixin, HTTPConnection):  # type: ignore[misc]
     pass
 
 
-class _HTTPSConnection(_Mixin, HTTPSConnection):
+class _HTTPSConnection(_Mixin, HTTPSConnection):  # type: ignore[misc]
     pass
 
 

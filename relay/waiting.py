@@ -50,7 +50,7 @@ class Task:
     def __call__(self) -> None:
         try:
             self._work()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - whoever waits for the task raises it
             self.error = error
         self.finished = True
         self._done()
@@ -114,7 +114,7 @@ class ThreadWaiter:
             self.waiting = False
 
     def _stop_watching_client(self) -> None:
-        if self._poll is not None:
+        if self._poll is not None and self._client is not None:
             self._poll.unregister(self._client.fileno())
         self._client = None
 
@@ -163,7 +163,7 @@ _watchdog = _Watchdog()
 class GeventWaiter:
     """Waits in a greenlet, on the hub's own watchers."""
 
-    __slots__ = ("_client", "_greenlet", "_hub", "_read", "_tick", "_timer", "_timer_at", "_woken", "gone", "waiting_on")
+    __slots__ = ("_client", "_greenlet", "_hub", "_read", "_tick", "_timer", "_timer_at", "_woken", "gone")
 
     def __init__(self, client: Any, tick: Callable[[], float]) -> None:
         import gevent

@@ -1,0 +1,145 @@
+"""What is counted, under which names. Without prometheus_client everything here does nothing.
+
+A mounted relay's metrics are in prometheus_client's default registry, so that a shop that exposes that one has them.
+The service runs several workers: each writes into files of a common folder (PROMETHEUS_MULTIPROC_DIR, which
+relay.gunicorn_conf makes), and whoever is asked adds them up.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+#: Seconds. An answer's first byte: from a cached one to a model that thinks for minutes.
+_FIRST_BYTE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+#: A stream's whole life: from a refusal to hours.
+_LIFE = (0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 14400)
+#: The longest silence within one: around the timeouts of the proxies that one meets (30, 60, 100, 300).
+_GAP = (0.1, 0.5, 1, 2.5, 5, 10, 15, 30, 60, 100, 300)
+
+NAMES = (
+    "relay_open_streams",
+    "relay_requests_total",
+    "relay_streams_ended_total",
+    "relay_refused_total",
+    "relay_first_byte_seconds",
+    "relay_stream_seconds",
+    "relay_longest_gap_seconds",
+    "relay_relayed_bytes_total",
+    "relay_heartbeats_total",
+    "relay_upstream_reachable",
+    "relay_upstream_key_accepted",
+)
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Metrics:
+    """The relay's metrics in one process."""
+
+    def __init__(self) -> None:
+        try:
+            import prometheus_client as prometheus
+        except ModuleNotFoundError:
+            self._on = False
+            return
+        self._on = True
+        counter, gauge, histogram = prometheus.Counter, prometheus.Gauge, prometheus.Histogram
+        mount = ["mount"]
+        self._open = gauge("relay_open_streams", "Streams open now.", mount, multiprocess_mode="livesum")
+        self._requests = counter("relay_requests", "Relayed requests by the status answered.", [*mount, "status"])
+        self._ended = counter("relay_streams_ended", "Streams by the reason of their end.", [*mount, "reason"])
+        self._refused = counter("relay_refused", "Requests that the relay refused, by its error's code.", ["reason"])
+        self._first_byte = histogram(
+            "relay_first_byte_seconds", "From a request to the upstream's answer to it.", mount, buckets=_FIRST_BYTE
+        )
+        self._seconds = histogram("relay_stream_seconds", "How long streams lasted.", mount, buckets=_LIFE)
+        self._gap = histogram(
+            "relay_longest_gap_seconds", "The longest silence of the upstream within a stream.", mount, buckets=_GAP
+        )
+        self._bytes = counter("relay_relayed_bytes", "Body bytes that came from upstream.", mount)
+        self._heartbeats = counter("relay_heartbeats", "Comments that were sent in the upstream's silence.", mount)
+        self._reachable = gauge(
+            "relay_upstream_reachable", "1: the upstream answered lately.", mount, multiprocess_mode="livemostrecent"
+        )
+        self._key = gauge(
+            "relay_upstream_key_accepted", "1: it took the key lately.", mount, multiprocess_mode="livemostrecent"
+        )
+        self._children: dict[str, dict[str, Any]] = {}
+
+    def of(self, mount: str) -> dict[str, Any]:
+        """The metrics of one mount that every stream touches; looked up once."""
+        children = self._children.get(mount)
+        if children is None:
+            names = ("_open", "_first_byte", "_seconds", "_gap", "_bytes", "_heartbeats")
+            children = self._children[mount] = {name: getattr(self, name).labels(mount) for name in names}
+        return children
+
+    def opened(self, mount: str) -> None:
+        if self._on:
+            self.of(mount)["_open"].inc()
+
+    def ended(
+        self,
+        mount: str,
+        *,
+        status: int,
+        reason: str,
+        first_byte: float | None,
+        seconds: float,
+        longest_gap: float,
+        size: int,
+        heartbeats: int,
+    ) -> None:
+        """A stream that `opened` was called for has ended. Times are seconds, `size` is bytes."""
+        if not self._on:
+            return
+        children = self.of(mount)
+        children["_open"].dec()
+        self._requests.labels(mount, status).inc()
+        self._ended.labels(mount, reason).inc()
+        children["_seconds"].observe(seconds)
+        if first_byte is not None:
+            children["_first_byte"].observe(first_byte)
+            children["_gap"].observe(longest_gap)
+        if size:
+            children["_bytes"].inc(size)
+        if heartbeats:
+            children["_heartbeats"].inc(heartbeats)
+
+    def refused(self, reason: str) -> None:
+        """The relay answered a request itself, with the error of this code."""
+        if self._on:
+            self._refused.labels(reason).inc()
+
+    def upstream(self, mount: str, *, reachable: bool, key_accepted: bool | None) -> None:
+        """What the latest evidence says of the upstream. `key_accepted` None: it says nothing of the key."""
+        if self._on:
+            self._reachable.labels(mount).set(reachable)
+            if key_accepted is not None:
+                self._key.labels(mount).set(key_accepted)
+
+    def expose(self) -> bytes:
+        """All metrics of the service in Prometheus' text format, those of its other workers included."""
+        if not self._on:
+            return b""
+        import prometheus_client as prometheus
+
+        registry = prometheus.REGISTRY
+        if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+            from prometheus_client.multiprocess import MultiProcessCollector
+
+            registry = prometheus.CollectorRegistry()
+            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return prometheus.generate_latest(registry)
+
+
+_metrics: Metrics | None = None
+
+
+def metrics() -> Metrics:
+    """This process's metrics. Made at the first call, so that a forked worker has files of its own."""
+    global _metrics  # noqa: PLW0603 - prometheus_client's registry is one for the process, too
+    if _metrics is None:
+        _metrics = Metrics()
+    return _metrics

@@ -1,0 +1,128 @@
+"""gunicorn's gevent worker, with what a server of long streams needs: a drain, and errors that say what was wrong.
+
+`worker_class = "relay.worker.Worker"`, which the shipped gunicorn.conf.py sets. A mounted relay runs under gunicorn's
+own worker as well; then a stopping worker lets streams run into `graceful_timeout` and kills them.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from typing import Any
+
+import gevent
+from gunicorn.http import errors as http_errors
+from gunicorn.workers.ggevent import GeventWorker
+
+from relay import errors, stream, waiting
+
+#: Seconds between two looks at idle connections while the worker drains.
+_LOOK = 0.1
+#: Seconds that streams have to send their error frame before a write that is stuck is given up.
+_LAST_WORD = 1.0
+
+#: What gunicorn's parser refuses, and how that is told. Its own message would repeat the request line, query and all.
+_REFUSALS: tuple[tuple[type[Exception], int, str, str], ...] = (
+    (http_errors.LimitRequestLine, 414, "URI Too Long", "the request line is longer than the server takes"),
+    (http_errors.LimitRequestHeaders, 431, "Request Header Fields Too Large", "there are too many or too long headers"),
+    (http_errors.UnsupportedTransferCoding, 501, "Not Implemented", "only the transfer coding chunked is understood"),
+    (http_errors.ExpectationFailed, 417, "Expectation Failed", "only 100-continue may be expected"),
+    (http_errors.InvalidHTTPVersion, 400, "Bad Request", "the request is not in HTTP/1.1 or HTTP/1.0"),
+    (http_errors.InvalidHeaderName, 400, "Bad Request", "a header's name is malformed"),
+    (http_errors.InvalidHeader, 400, "Bad Request", "a header is malformed or contradicts another"),
+    (http_errors.ParseException, 400, "Bad Request", "the request is not HTTP"),
+)
+
+#: Errors of a client's connection: whatever a network may do. gunicorn logs a traceback for all but three of them.
+_NETWORK = frozenset(
+    getattr(errno, name)
+    for name in (
+        "EPIPE", "ECONNRESET", "ECONNABORTED", "ENOTCONN", "ETIMEDOUT", "EHOSTUNREACH", "ENETUNREACH", "ENETDOWN",
+        "EBADF", "ESHUTDOWN", "EPROTO",
+    )
+)  # fmt: skip
+
+
+class Worker(GeventWorker):  # type: ignore[misc]
+    """A gevent worker that ends its streams with a word of explanation before gunicorn ends them without."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._idle: set[Any] = set()  # client connections between two requests
+        logging.getLogger("gunicorn.error").addFilter(_not_the_network)
+
+    # Idle connections.
+
+    def handle(self, listener: Any, client: Any, addr: Any) -> None:
+        self._idle.add(client)
+        try:
+            super().handle(listener, client, addr)
+        finally:
+            self._idle.discard(client)
+
+    def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
+        self._idle.discard(sock)
+        try:
+            return super().handle_request(listener_name, req, sock, addr)
+        finally:
+            self._idle.add(sock)
+
+    # Stopping.
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """SIGTERM, from the master: it stops or reloads. This runs in a signal handler, so it only sets things off."""
+        super().handle_exit(sig, frame)
+        drain = stream.drain
+        if not drain.draining:
+            drain.at = time.monotonic() + drain.seconds
+            gevent.spawn(self._drain)
+
+    def _drain(self) -> None:
+        """Let streams go on until the drain's end, then end them; meanwhile close what is idle."""
+        drain = stream.drain
+        drain.begin(drain.at)
+        while True:
+            for client in list(self._idle):
+                # One with a request on its way in is not idle; it is served, and closed by its answer.
+                if waiting.client_gone(client) is False:
+                    try:
+                        client.shutdown(2)
+                    except OSError:
+                        pass
+            now = time.monotonic()
+            if now >= drain.at + _LAST_WORD:
+                drain.break_writes()
+            gevent.sleep(_LOOK)
+
+    # Refusing.
+
+    def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
+        """Answer a request that gunicorn cannot parse as the relay answers everything: with its JSON."""
+        for refusal in _REFUSALS:
+            kind, status, reason, message = refusal
+            if isinstance(exc, kind):
+                self.log.warning("Refused a request of %s: %s", (addr or ("a unix socket",))[0], message)
+                break
+        else:
+            status, reason, message = 500, "Internal Server Error", "the relay failed; its log says why"
+            self.log.error("A request failed in the server", exc_info=exc)
+        request_id = os.urandom(16).hex()
+        kind_of_error = errors.BadRequest if status < 500 else errors.RelayError
+        body = kind_of_error(message).json(request_id).encode()
+        head = (
+            f"HTTP/1.1 {status} {reason}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\nX-Request-ID: {request_id}\r\n\r\n"
+        )
+        try:
+            client.settimeout(1.0)
+            client.sendall(head.encode() + body)
+        except OSError:
+            pass  # the client did not wait for it
+
+
+def _not_the_network(record: logging.LogRecord) -> bool:
+    """Whether a record is worth its place: a client's connection that broke is not, and has no traceback."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not (isinstance(error, OSError) and error.errno in _NETWORK)
