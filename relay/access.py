@@ -19,39 +19,37 @@ def client_address(environ: Mapping[str, Any], settings: Settings) -> str:
     """The client's address: the peer's, or what trusted proxies say of it in `X-Forwarded-For`.
 
     Read from the right, since each proxy adds on that side: the first address that is no trusted proxy's is the
-    client's, and what stands left of it anybody may have written.
+    client's, and what stands left of it anybody may have written. `unix` is the peer of a unix socket, `unknown` a
+    client whom a trusted proxy does not name: nobody may take it for the proxy itself.
     """
-    address = str(environ.get("REMOTE_ADDR") or "")
-    hops = [hop.strip() for hop in str(environ.get("HTTP_X_FORWARDED_FOR", "")).split(",")]
-    while hops and _trusted(address, settings):
-        hop = _without_port(hops.pop())
-        if not hop:
-            break
-        address = hop
-    return address or "unix"
+    peer = str(environ.get("REMOTE_ADDR") or "")
+    address = _address(peer)
+    if peer and address is None:
+        return peer
+    hops = str(environ.get("HTTP_X_FORWARDED_FOR", "")).split(",")
+    while hops and (address is None or any(address in network for network in settings.trusted_proxies)):
+        hop = hops.pop().strip()
+        if hop:
+            address = _address(_without_port(hop))
+            if address is None:
+                return "unknown"
+    return "unix" if address is None else str(address)
 
 
-def _trusted(address: str, settings: Settings) -> bool:
-    if not address:
-        return True  # a unix socket's peer
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """An address; of an IPv4 address that a socket of both kinds shows as `::ffff:127.0.0.1`, the IPv4 one."""
     try:
-        ip = ipaddress.ip_address(address)
+        address = ipaddress.ip_address(text)
     except ValueError:
-        return False
-    mapped = getattr(ip, "ipv4_mapped", None)
-    return any((mapped or ip) in network for network in settings.trusted_proxies)
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
 
 
 def _without_port(hop: str) -> str:
-    """An address as some proxies write it, with a port: `203.0.113.7:1234`, `[2001:db8::1]:1234`; empty: none."""
+    """A hop as some proxies write it, with a port: `203.0.113.7:1234`, `[2001:db8::1]:1234`."""
     if hop.startswith("["):
-        hop = hop[1:].partition("]")[0]
-    elif hop.count(":") == 1:
-        hop = hop.partition(":")[0]
-    try:
-        return str(ipaddress.ip_address(hop))
-    except ValueError:
-        return ""
+        return hop[1:].partition("]")[0]
+    return hop.partition(":")[0] if hop.count(":") == 1 else hop
 
 
 def check_origin(environ: Mapping[str, Any], settings: Settings) -> None:
@@ -94,11 +92,9 @@ def check_peer(address: str, settings: Settings) -> None:
     """With a key to spend and no client keys: refuse a client that a proxy reports from elsewhere. Raises Forbidden."""
     if not settings.adds_key or settings.client_keys or settings.allow_anonymous or address == "unix":
         return
-    try:
-        if ipaddress.ip_address(address).is_loopback:
-            return
-    except ValueError:
-        pass
+    ip = _address(address)
+    if ip is not None and ip.is_loopback:
+        return
     raise errors.Forbidden(
         "without RELAY_CLIENT_KEYS the upstream key serves only this machine; set keys, or RELAY_ALLOW_ANONYMOUS to "
         "let anyone in who can connect",
@@ -107,14 +103,15 @@ def check_peer(address: str, settings: Settings) -> None:
 
 
 def _same_host(origin: str, host: str) -> bool:
-    # The scheme is left out: behind a proxy that ends TLS the relay may not know its own.
-    parts = urlsplit(origin)
+    # Which of the two schemes is left out: behind a proxy that ends TLS the relay may not know its own.
     try:
-        named = parts.hostname, parts.port or _DEFAULT_PORTS.get(parts.scheme)
+        parts = urlsplit(origin)
+        default = _DEFAULT_PORTS.get(parts.scheme)
+        named = parts.hostname, parts.port or default
     except ValueError:
         return False
     name, port = _split_host(host)
-    return bool(name) and named == (name, port or _DEFAULT_PORTS.get(parts.scheme))
+    return bool(name) and default is not None and named == (name, port or default)
 
 
 def _split_host(host: str) -> tuple[str, int | None]:
@@ -128,7 +125,5 @@ def _split_host(host: str) -> tuple[str, int | None]:
 def _loopback_name(name: str) -> bool:
     if name == "localhost" or name.endswith(".localhost"):
         return True
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
+    ip = _address(name)
+    return ip is not None and ip.is_loopback

@@ -53,7 +53,7 @@ def _metrics(settings: Settings) -> Response:
 
 
 def _on_admin_address(settings: Settings) -> bool:
-    """Whether the request came in at RELAY_ADMIN_BIND, by its socket's own address and not by what it says of itself."""
+    """Whether the request came in at RELAY_ADMIN_BIND, by its socket's own address and not by anything that it says."""
     sock = request.environ.get("gunicorn.socket")
     if settings.admin_bind is None or sock is None:
         return False

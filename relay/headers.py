@@ -9,17 +9,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from relay import sse
+from relay import errors, sse
 
 _HOP_BY_HOP = frozenset(
     "connection keep-alive proxy-connection te trailer transfer-encoding upgrade proxy-authenticate "
     "proxy-authorization http2-settings".split()
 )
 
-# Framing is written anew; `Expect` was answered by the server in front.
-_REWRITTEN = frozenset("host content-length accept-encoding expect x-request-id".split())
+# Framing is written anew; `Expect` was answered by the server in front. WSGI has the type elsewhere: among the `HTTP_`
+# names it is a client's `Content_Type`, which some servers take for the same.
+_REWRITTEN = frozenset("host content-length content-type accept-encoding expect x-request-id".split())
 _OF_THE_BROWSER = frozenset("cookie origin".split())
 _CREDENTIALS = frozenset("authorization x-api-key api-key".split())
+# To some servers the path or method is what these say (IIS, Symfony; Rails, Express): a key that the relay adds would
+# open others than those it was meant for.
+_OTHER_TARGETS = frozenset(
+    "x-original-url x-rewrite-url x-http-method-override x-http-method x-method-override".split()
+)
 # What proxies and identity-aware front ends say of the client. Model providers' networks refuse requests that seem to
 # come through another network, and the rest names people.
 _OF_PROXIES = frozenset("forwarded x-real-ip via cdn-loop true-client-ip referer cookie2".split())
@@ -30,15 +36,22 @@ _PREFIXES_OF_PROXIES = (
 
 _NEVER_BACK = frozenset(
     "server date alt-svc strict-transport-security clear-site-data refresh nel report-to service-worker-allowed "
+    "accept-ch expect-ct public-key-pins set-login "  # as the ones before them, policies of a whole origin
     "content-length x-request-id x-content-type-options content-security-policy".split()
 )
 _OF_THE_ORIGIN = frozenset(["set-cookie", "set-cookie2"])
+# Orders to the server in front to send a file, or another answer: nginx; Apache and lighttpd; LiteSpeed; Perlbal.
+_PREFIXES_OF_ORDERS = ("x-accel-", "x-sendfile", "x-lighttpd-send-", "x-litespeed-", "x-reproxy-")
+# What caches on the way go by before `Cache-Control` (RFC 9213, and Surrogate-Control before it).
+_TARGETED_CACHE_CONTROL = ("cdn-cache-control", "surrogate-control")
 
 #: On every relayed response: it must not run as a page, a script or a frame on the origin that serves it.
 SANDBOX = [("X-Content-Type-Options", "nosniff"), ("Content-Security-Policy", "default-src 'none'; sandbox")]
 #: On every event stream: nobody on the way may hold, store or change it. The second line is nginx's.
 UNBUFFERED = [("Cache-Control", "no-cache, no-store, no-transform"), ("X-Accel-Buffering", "no")]
 
+# Some WSGI servers leave the line break of a folded field in its value (RFC 9112 section 5.2).
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@/+=-]{0,127}")
 
 
@@ -58,15 +71,20 @@ class RequestHeaders:
     _REMEMBERED = 1024
 
     def __init__(self, *, drop: Iterable[str] = (), own_credentials: bool, transparent: bool = False) -> None:
-        self._drop = frozenset(drop) | _HOP_BY_HOP | _REWRITTEN | _OF_PROXIES
+        further = frozenset(drop)
+        self._content_type = "content-type" not in further
+        self._drop = further | _HOP_BY_HOP | _REWRITTEN | _OF_PROXIES
         if own_credentials:
-            self._drop |= _CREDENTIALS
+            self._drop |= _CREDENTIALS | _OTHER_TARGETS
         if not transparent:
             self._drop |= _OF_THE_BROWSER
         self._names: dict[str, str | None] = {}
 
     def select(self, environ: Mapping[str, object]) -> list[tuple[str, str]]:
-        """The pairs of name and value (latin-1 text, a character a byte) out of a WSGI environ."""
+        """The pairs of name and value (latin-1 text, a character a byte) out of a WSGI environ.
+
+        Raises BadRequest for a value that would not stay on its line.
+        """
         names = self._names
         headers: list[tuple[str, str]] = []
         named = environ.get("HTTP_CONNECTION")
@@ -79,11 +97,13 @@ class RequestHeaders:
                 if name is not None:
                     headers.append((name, str(value)))
         content_type = environ.get("CONTENT_TYPE")
-        if content_type:
+        if content_type and self._content_type:
             headers.append(("Content-Type", str(content_type)))
         if named:
             hop = connection_tokens(str(named))
             headers = [(name, value) for name, value in headers if name.lower() not in hop]
+        if _CONTROL.search("".join([value for _, value in headers])):
+            raise errors.BadRequest("a header of the request has a line break or a control character in its value")
         return headers
 
     def _remember(self, key: str) -> str | None:
@@ -121,7 +141,9 @@ def response_headers(
     headers = []
     for name, value in upstream:
         lower = name.lower()
-        if lower in drop or lower.startswith("x-accel-"):
+        if lower in drop or lower.startswith(_PREFIXES_OF_ORDERS):
+            continue
+        if event_stream and lower.endswith(_TARGETED_CACHE_CONTROL):
             continue
         if lower.startswith("access-control-") and not transparent:
             continue

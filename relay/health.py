@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from relay import errors
 from relay.metrics import metrics
-from relay.upstream import Aborted
 
 if TYPE_CHECKING:
     from relay.settings import Settings
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
 
 #: Seconds that a caller waits for a probe under way before it gets the last known state.
 _PATIENCE = 1.0
-#: An answer's body is read up to this, so that its connection can be used again; no list of models is longer.
-_MOST_BODY = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,23 +95,11 @@ class Health:
     def _ask(self) -> Known:
         settings = self._settings
         started = time.monotonic()
-        exchange = self._upstream().exchange("GET", f"/{settings.health_path}", None, [], None)
-        # For an answer that trickles in: closing the exchange from beside ends the wait for its head.
-        timer = threading.Timer(settings.health_timeout, exchange.close)
-        timer.daemon = True
-        timer.start()
         try:
-            exchange.open(within=settings.health_timeout)
-            latency = (time.monotonic() - started) * 1000
-            status = exchange.head.status
-            exchange.drain(_MOST_BODY)
+            status = self._upstream().probe(f"/{settings.health_path}", within=settings.health_timeout)
         except errors.RelayError as error:
             return _failed(error.message)
-        except Aborted:
-            return _failed(f"the upstream did not answer within {settings.health_timeout:g} s (RELAY_HEALTH_TIMEOUT)")
-        finally:
-            timer.cancel()
-            exchange.close()
+        latency = (time.monotonic() - started) * 1000
         key = "not checked"
         if settings.adds_key:
             key = "rejected" if status in (401, 403) else "accepted" if status < 400 else "not checked"

@@ -53,7 +53,7 @@ class Framing:
         self.done = done
         #: Bytes followed the end of the body: nothing asked for them, so the connection is of no more use.
         self.excess = False
-        #: What is wrong behind the bytes that `feed` gave last. They are sound; any later call raises this.
+        #: What is wrong behind the bytes that `feed` gave last. They are sound; `end` and the next bytes raise this.
         self.fault: BadResponse | None = None
 
     def feed(self, data: bytes) -> bytes:
@@ -141,6 +141,9 @@ class Chunked(Framing):
                     return data[start:stop]
                 body.append(data[start:stop])
                 position = stop + 2
+        elif self._state == _DATA and end < self._left:
+            self._left -= end
+            return data
         if position < end:
             self._feed(data[position:] if position else data, body)
         return body[0] if len(body) == 1 else b"".join(body)
@@ -173,7 +176,8 @@ class Chunked(Framing):
             self.fault = fault
             if not body:  # what came before the fault goes out first: it is the upstream's, and the client's
                 raise
-        self.excess = self.excess or position < end
+        else:
+            self.excess = self.excess or position < end
 
     def _keep(self, line: bytes) -> None:
         """Take the beginning of a line of the framing."""
@@ -265,12 +269,12 @@ def parse_head(head: bytes, method: str) -> Head:
         headers.append((name, value))
         key = name.lower()
         fields[key] = f"{fields[key]}, {value}" if key in fields else value
-    if status == 204:
-        # It must not have one (RFC 9110 section 8.6), and a reader that goes by it waits for a body.
-        fields.pop("content-length", None)
     tokens = {token.strip().lower() for token in fields.get("connection", "").split(",")}
     keeps_open = "close" not in tokens and (minor == b"1" or "keep-alive" in tokens)
     framing = _framing(fields, status, method, minor)
+    if status == 204:
+        # It must have no Content-Length (RFC 9110 section 8.6), and a reader that goes by it waits for a body.
+        fields.pop("content-length", None)
     return Head(status, reason, headers, framing, keeps_open and not isinstance(framing, UntilClose), fields)
 
 

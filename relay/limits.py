@@ -20,19 +20,18 @@ _RETRY_AFTER = 1
 class Lease:
     """The right to one open stream, or a place in the queue for it: `granted` says which."""
 
-    __slots__ = ("_admission", "client", "granted", "wake")
+    __slots__ = ("_admission", "client", "granted", "over", "wake")
 
     def __init__(self, admission: Admission, client: str, wake: Callable[[], None]) -> None:
-        self._admission: Admission | None = admission
+        self._admission = admission
         self.client = client
         self.wake = wake
         self.granted = False
+        self.over = False
 
     def release(self) -> None:
-        """Give it back, or leave the queue. Idempotent."""
-        admission, self._admission = self._admission, None
-        if admission is not None:
-            admission.take_back(self)
+        """Give it back, or leave the queue. Idempotent, from several threads at once too."""
+        self._admission.take_back(self)
 
 
 class Admission:
@@ -81,6 +80,9 @@ class Admission:
         """What Lease.release does, once."""
         heir = None
         with self._lock:
+            if lease.over:
+                return
+            lease.over = True
             if self._per_client:
                 left = self._of_client[lease.client] - 1
                 if left:

@@ -17,16 +17,22 @@ HEARTBEAT = b": keep-alive\n\n"
 #: an event, finds it empty and fails on its JSON; a comment line alone disturbs no parser.
 HEARTBEAT_AFTER_ID = b": keep-alive\n"
 
-#: A byte that can stand before the first field of a line: a line end, or the last byte of a byte order mark (a text
-#: byte 0xBF before a false `id:` costs nothing but the blank line of a heartbeat).
-_ID_FIELD = re.compile(rb"[\r\n\xbf]id[:\r\n]")
-#: The end of a line with something on it, and a blank line.
-_EVENT_END = re.compile(rb"[^\r\n](?:\r\n|\n|\r(?!\n)){2}")
+#: The same after a line that ended with CR: a LF that still belongs to that CR completes this line's end then, and does
+#: not make a blank line.
+HEARTBEAT_AFTER_ID_AND_CR = b": keep-alive\r"
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_LF, _CR = b"\n\r"
+# With every line end a LF: a field called id, and what makes counting blank lines need care.
+_ID_FIELD = re.compile(rb"\nid[:\n]")
+_ID_FIELD_OR_BLANK_LINES = re.compile(rb"\n(?:id[:\n]|\n\n)")
+_BLANK_LINES = re.compile(rb"\n\n\n")
+_EVENT_END = re.compile(rb"\n\n+")
 
 
 def is_event_stream(content_type: str) -> bool:
     """Whether a Content-Type field value names an event stream, whatever its parameters and case."""
-    return content_type.partition(";")[0].strip().lower() == MEDIA_TYPE
+    return content_type.partition(";")[0].strip(" \t").lower() == MEDIA_TYPE
 
 
 def error_frame(error_json: str) -> bytes:
@@ -37,45 +43,82 @@ def error_frame(error_json: str) -> bytes:
 class Tracker:
     """Knows where the last byte of an event stream stands, whatever pieces the bytes came in."""
 
-    __slots__ = ("_tail", "events", "id_seen")
+    __slots__ = ("_after_cr", "_begun", "_one_line_events", "_tail", "_unusual", "at_boundary", "events", "id_seen")
 
     def __init__(self) -> None:
-        # The last three bytes: enough to tell every mix of two line ends, and an `id` field, across pieces. A stream
-        # starts as if after a blank line.
-        self._tail = b"\n\n"
+        #: Whether the stream stands at its start or after a blank line, in whatever mix of CRLF, LF and CR.
+        self.at_boundary = True
         #: The stream has carried an `id` field.
         self.id_seen = False
         #: Blocks of lines that a blank line has ended.
         self.events = 0
+        # The last three bytes, each line end as one LF: enough to tell blank lines, and an `id` field, across pieces. A
+        # stream starts as if after a blank line.
+        self._tail = b"\n\n"
+        self._after_cr = False  # the last byte was a CR, to which a LF may still belong
+        self._begun: bytes | None = b""  # what may be the beginning of a byte order mark; None: past it
+        self._unusual = _ID_FIELD_OR_BLANK_LINES
+        # A piece that is one event of one line has nothing to tell: the state after it is that before it.
+        self._one_line_events = False
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes of the stream."""
-        seen = self._tail + data
-        if not self.id_seen and (b"id:" in seen or b"id\n" in seen or b"id\r" in seen):
-            self.id_seen = _ID_FIELD.search(seen) is not None
-        if b"\r" in seen or b"\n\n\n" in seen:
-            self.events += len(_EVENT_END.findall(seen)) - len(_EVENT_END.findall(self._tail))
-        else:
-            self.events += seen.count(b"\n\n") - self._tail.count(b"\n\n")
-        self._tail = seen[-3:]
-
-    @property
-    def at_boundary(self) -> bool:
-        """Whether the stream stands at its start or after a blank line, in whatever mix of CRLF, LF and CR."""
+        if self._one_line_events:
+            end = data.find(b"\n")
+            after = len(data) - end
+            if (after == 2 and data[-1] == _LF and _CR not in data and data[0] not in b"i\n") or (
+                after == 3 and data[-4:] == b"\r\n\r\n" and data.find(b"\r") == end - 1 and data[0] not in b"i\r"
+            ):
+                self.events += 1
+                return
+        if self._begun is not None:
+            data = self._begin(data)
+        if self._after_cr or _CR in data:
+            data = self._with_lf(data)
+        if not data:
+            return
         tail = self._tail
-        if tail.endswith((b"\n\n", b"\r\r", b"\n\r")):
-            return True
-        return tail.endswith(b"\r\n") and tail[-3:-2] in (b"\r", b"\n")
+        seen = tail + data
+        if self._unusual.search(seen) is None:
+            self.events += data.count(b"\n\n") + (data[0] == _LF == tail[-1])
+        else:
+            self.events += len(_EVENT_END.findall(seen)) - len(_EVENT_END.findall(tail))
+            if not self.id_seen and _ID_FIELD.search(seen) is not None:
+                self.id_seen = True
+                self._unusual = _BLANK_LINES
+        self._tail = seen[-3:]
+        self.at_boundary = seen.endswith(b"\n\n")
+        self._one_line_events = self.at_boundary and not self._after_cr and self._begun is None
+
+    def _begin(self, data: bytes) -> bytes:
+        """Leave out a byte order mark, which is no part of the first line."""
+        data = (self._begun or b"") + data
+        if len(data) < len(_BYTE_ORDER_MARK) and _BYTE_ORDER_MARK.startswith(data):
+            self._begun = data
+            self.at_boundary = not data
+            return b""
+        self._begun = None
+        self.at_boundary = True
+        return data.removeprefix(_BYTE_ORDER_MARK)
+
+    def _with_lf(self, data: bytes) -> bytes:
+        """The same lines, each ended with LF. The LF of a CRLF in two pieces is left out."""
+        if self._after_cr and data.startswith(b"\n"):
+            data = data[1:]
+            self._after_cr = False
+        if data:
+            self._after_cr = data[-1] == _CR
+        return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
     @property
     def heartbeat(self) -> bytes:
         """The comment that may be added where the stream stands now; empty: none.
 
-        After `\\n\\r` a LF may follow that belongs to this CR. A comment between the two is harmless (the LF becomes
-        one more blank line) unless the stream carries `id` fields, where a blank line is not.
+        After a CR a LF may follow that belongs to it. A comment between the two is harmless (the LF becomes one more
+        blank line) unless the stream carries `id` fields, where a blank line is not.
         """
         if not self.at_boundary:
             return b""
         if not self.id_seen:
             return HEARTBEAT
-        return b"" if self._tail.endswith(b"\n\r") else HEARTBEAT_AFTER_ID
+        return HEARTBEAT_AFTER_ID_AND_CR if self._after_cr else HEARTBEAT_AFTER_ID

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from relay import errors, sse, waiting
 from relay.headers import SANDBOX, UNBUFFERED, response_headers
 from relay.metrics import metrics
+from relay.waiting import client as client_socket
 
 if TYPE_CHECKING:
+    from relay.exchange import Exchange
     from relay.http1 import Head
     from relay.limits import Admission, Lease
     from relay.settings import Settings
-    from relay.upstream import Exchange
 
 Headers = list[tuple[str, str]]
 monotonic = time.monotonic
@@ -131,6 +132,7 @@ class Stream:
         self._unsent = 0
         self._broken = "client_gone"  # the end reason if the server gives up writing
         self._deadline = _NEVER
+        self._pending: errors.RelayError | None = None
         drain.open.add(self)
 
     def _held_until(self, now: float) -> float:
@@ -174,10 +176,21 @@ class Stream:
 
     def _open(self) -> bytes:
         """Have the request sent and wait for the head of the answer; meanwhile, if asked for events, hold the line."""
-        task = self._task
-        if task is None:
-            task = self._task = self._waiter.run(self._exchange.open)
-        while not task.finished:
+        exchange, waiter = self._exchange, self._waiter
+        if self._task is None and not exchange.sent:
+            if exchange.send_at_once():
+                waiter.watch(exchange.sock)
+            else:
+                self._task = waiter.run(exchange.send)
+        while True:
+            task = self._task
+            if task is not None and task.finished:
+                if task.error is not None:
+                    raise task.error
+                self._task = None
+                waiter.watch(exchange.sock)
+            if exchange.sent and exchange.read_head():
+                return self._answer(exchange.head)
             now = monotonic()
             if now >= drain.at:
                 raise errors.Drained("the relay is restarting and the upstream has not answered yet")
@@ -189,12 +202,8 @@ class Stream:
                 deadline = min(deadline, self._beat_at)
             elif now >= self._hold_at:
                 return self._hold(now)
-            if self._waiter.wait(min(deadline, self._hold_at, drain.at)) is waiting.GONE:
+            if waiter.wait(min(deadline, self._hold_at, drain.at)) is waiting.GONE:
                 raise ClientGone
-        if task.error is not None:
-            raise task.error
-        self._task = None
-        return self._answer(self._exchange.head)
 
     def _check_opening(self, now: float) -> float:
         """The next deadline while there is no answer. Raises if one has passed."""
@@ -251,10 +260,19 @@ class Stream:
             self._beat_at = now + self._settings.heartbeat
         else:
             self._beat_at = _NEVER
-        self._waiter.watch(self._exchange.sock)
         self._step = self._relay
-        # The empty piece makes the server send the headers at once. What came with them follows without a wait.
-        return b""
+        # What came along with the head goes out with it; an empty piece makes the server send the head alone.
+        try:
+            return self._relay_arrived() or b""
+        except errors.RelayError as error:
+            self._pending = error
+            self._step = self._raise_pending
+            return b""
+
+    def _raise_pending(self) -> NoReturn:
+        """The failure that came along with the head, once the head is out."""
+        assert self._pending is not None  # noqa: S101 - for the type checker
+        raise self._pending
 
     def _start(self, status: int, reason: str, headers: Headers) -> None:
         self.record.status = status
@@ -264,22 +282,9 @@ class Stream:
 
     def _relay(self) -> bytes:
         """The next bytes for the client: the upstream's as they have arrived, or a heartbeat in its silence."""
-        read = self._exchange.read
         while True:
-            data = read()
+            data = self._relay_arrived()
             if data:
-                now = monotonic()
-                if now >= drain.at:
-                    raise errors.Drained("the relay is restarting; the answer is not complete")
-                record = self.record
-                gap = now - self._arrived
-                if gap > record.longest_gap:  # noqa: PLR1730 - max() costs a call for every event
-                    record.longest_gap = gap
-                self._arrived = now
-                self._quiet_since = 0.0  # counts from when it is written
-                record.bytes += len(data)
-                if self._tracker is not None:
-                    self._tracker.feed(data)
                 return data
             if data is not None:
                 self._end("done")
@@ -295,6 +300,25 @@ class Stream:
                 return beat
             if self._waiter.wait(self._deadline) is waiting.GONE:
                 raise ClientGone
+
+    def _relay_arrived(self) -> bytes | None:
+        """What has arrived; b"" after the end; None: nothing now."""
+        data = self._exchange.read()
+        if not data:
+            return data
+        now = monotonic()
+        if now >= drain.at:
+            raise errors.Drained("the relay is restarting; the answer is not complete")
+        record = self.record
+        gap = now - self._arrived
+        if gap > record.longest_gap:  # noqa: PLR1730 - max() costs a call for every event
+            record.longest_gap = gap
+        self._arrived = now
+        self._quiet_since = 0.0  # counts from when it is written
+        record.bytes += len(data)
+        if self._tracker is not None:
+            self._tracker.feed(data)
+        return data
 
     def _silence(self, now: float) -> bytes:
         """What the upstream's silence calls for now: nothing yet, a heartbeat, or the end."""
@@ -343,9 +367,9 @@ class Stream:
         if self._http10 and self._client is not None:
             # Only a reset tells an HTTP/1.0 client. It overtakes what is still on its way, so wait for that.
             give_up = monotonic() + 2.0
-            while waiting.unsent(self._client) and monotonic() < give_up:
+            while client_socket.unsent(self._client) and monotonic() < give_up:
                 time.sleep(0.005)
-            waiting.reset(self._client)
+            client_socket.close_with_reset(self._client)
         raise errors.StreamCut
 
     def _end(self, reason: str) -> None:
@@ -361,6 +385,7 @@ class Stream:
             record.events = self._tracker.events
         if self._task is not None and not self._task.finished:
             self._waiter.abort(self._task)
+        self._waiter.unwatch()
         self._exchange.close()
         if self._lease is not None:
             self._lease.release()
@@ -385,7 +410,7 @@ class Stream:
         """Free the server from a write that outlasts the drain."""
         if self._writing_since and self._client is not None:
             self._broken = "drained"
-            waiting.reset(self._client)
+            client_socket.break_off(self._client)
 
     def _check_write(self) -> float:
         """Look after a write that may be stuck: the server waits in it, and only a reset frees it.
@@ -397,7 +422,7 @@ class Stream:
         since = self._writing_since
         if since and self._client is not None:
             now = monotonic()
-            unsent = waiting.unsent(self._client)
+            unsent = client_socket.unsent(self._client)
             if since != self._write_seen:
                 self._write_seen = self._progress_at = since
             elif unsent is not None and unsent < self._unsent:
@@ -405,7 +430,7 @@ class Stream:
             self._unsent = unsent or 0
             if now - self._progress_at >= limit:
                 self._broken = "write_timeout"
-                waiting.reset(self._client)
+                client_socket.break_off(self._client)
         return min(limit / 4, _LONGEST_LOOK)
 
 

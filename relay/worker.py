@@ -16,7 +16,8 @@ import gevent
 from gunicorn.http import errors as http_errors
 from gunicorn.workers.ggevent import GeventWorker
 
-from relay import errors, stream, waiting
+from relay import errors, stream
+from relay.waiting.client import gone
 
 #: Seconds between two looks at idle connections while the worker drains.
 _LOOK = 0.1
@@ -86,7 +87,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
         while True:
             for client in list(self._idle):
                 # One with a request on its way in is not idle; it is served, and closed by its answer.
-                if waiting.client_gone(client) is False:
+                if gone(client) is False:
                     try:
                         client.shutdown(2)
                     except OSError:

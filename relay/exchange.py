@@ -1,0 +1,239 @@
+"""One request to the upstream and its answer, as bytes that have arrived. Reading never waits.
+
+Knows sockets and HTTP/1.1 framing, and nothing of requests, clients, heartbeats or clocks: relay.upstream gives it a
+connection, and whoever uses it waits on `sock` in between.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from typing import TYPE_CHECKING, Any, Protocol
+
+from relay import errors, http1
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+#: One read takes at most so much: large enough for what has queued up to go out in one write. recv gives back what
+#: it does not fill.
+READ_SIZE = 64 * 1024
+#: A request up to this size fits into an empty send buffer, so that sending it does not wait for anybody.
+_SENT_AT_ONCE = 16 * 1024
+
+_NOTHING_THERE = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+
+class Aborted(Exception):
+    """The exchange was closed while its request was being sent."""
+
+
+class NotConnected(Exception):
+    """There is no idle connection, and connecting would wait."""
+
+
+class Connection(Protocol):
+    """What an exchange needs of the connection that it is given."""
+
+    sock: Any
+
+    def close(self) -> None: ...
+
+
+class Sender(Protocol):
+    """What an exchange needs of the upstream."""
+
+    tls: bool
+    read_size: int
+
+    def send(self, exchange: Exchange, *, within: float | None, only_idle: bool) -> Callable[[], None]:
+        """Send the request on a connection; gives what returns it for reuse."""
+
+
+class Exchange:
+    """`send` may wait, and may run in another thread or greenlet than the rest. Then `read_head` until the head is
+    there, then `read`: both take what has arrived and never wait. `close` may come at any time, any number of times.
+    """
+
+    __slots__ = (
+        "_answered", "_closed", "_connection", "_dry", "_give_back", "_received", "_recv", "_upstream", "connected",
+        "head", "method", "sock", "wire",
+    )  # fmt: skip
+
+    def __init__(self, upstream: Sender, method: str, wire: bytes) -> None:
+        self._upstream = upstream
+        self.method = method
+        self.wire: bytes | None = wire  # the request as it goes out
+        self.connected = False  # a connection stands, and the request is on its way or sent
+        self.head: http1.Head  # once read_head has said so
+        self._answered = False
+        self.sock: Any = None
+        self._connection: Connection | None = None
+        self._give_back: Callable[[], None] | None = None  # set once the request is sent
+        self._received = b""  # what has come of the head, then what came along with it
+        self._recv: Callable[[int], bytes]
+        self._dry = False  # the last read has emptied the socket, or nothing can be there yet
+        self._closed = False
+
+    # Sending.
+
+    @property
+    def sent(self) -> bool:
+        return self._give_back is not None
+
+    def send(self, *, within: float | None = None) -> None:
+        """Connect if need be, and send the request.
+
+        `within`: seconds for each step, in place of the settings' limits. Raises UpstreamUnreachable, UpstreamFailed
+        or ConnectTimeout; Aborted if it was closed meanwhile.
+        """
+        give_back = self._upstream.send(self, within=within, only_idle=False)
+        self._has_been_sent(give_back)
+
+    def send_at_once(self) -> bool:
+        """Send the request if that takes no waiting: it is short, and a connection stands idle. Raises as `send`."""
+        if self.wire is None or len(self.wire) > _SENT_AT_ONCE:
+            return False
+        try:
+            give_back = self._upstream.send(self, within=None, only_idle=True)
+        except NotConnected:
+            return False
+        self._has_been_sent(give_back)
+        return True
+
+    def sending(self, connection: Connection) -> bytes:
+        """The connection that will carry the request asks for its bytes."""
+        if self._closed or self.wire is None:
+            raise Aborted
+        self._connection, self.sock = connection, connection.sock
+        self.connected = True
+        return self.wire
+
+    def _has_been_sent(self, give_back: Callable[[], None]) -> None:
+        self.wire = None  # a request of 32 MiB must not live as long as its answer
+        self.sock.settimeout(0)
+        # The plain socket beneath gevent's, which would only add its own way of waiting; TLS needs the whole of it.
+        self._recv = self.sock.recv if self._upstream.tls else getattr(self.sock, "_sock", self.sock).recv
+        self._dry = True
+        self._give_back = give_back
+        if self._closed:
+            self._release()
+            raise Aborted
+
+    # Receiving.
+
+    def read_head(self) -> bool:
+        """Take what has come of the answer's head; True: `head` is there. Interim answers are passed over.
+
+        Raises UpstreamFailed if the upstream hung up or did not answer with sound HTTP/1.
+        """
+        try:
+            while True:
+                data = self._received
+                length = http1.head_length(data) if data else 0
+                if length:
+                    head = http1.parse_head(data[:length], self.method)
+                    self._received = data[length:]
+                    if head.status == 101:
+                        raise http1.BadResponse("it switched protocols, which nobody asked for")
+                    if head.status >= 200:
+                        self.head, self._answered = head, True
+                        return True
+                    continue  # 100, 102, 103: the answer is still to come (RFC 9110 section 15.2)
+                if self._dry:
+                    self._dry = False
+                    return False
+                data = self._receive()
+                if not data:
+                    raise errors.UpstreamFailed("the upstream hung up before it answered")
+                self._received += data
+        except _NOTHING_THERE:
+            return False
+        except http1.BadResponse as error:
+            raise errors.UpstreamFailed(f"the upstream's answer cannot be relayed: {error}") from None
+        except OSError:
+            raise errors.UpstreamFailed("the upstream hung up before it answered") from None
+
+    def read(self) -> bytes | None:
+        """Body bytes that have arrived; b"" after the last one; None: nothing there now, wait for `sock`.
+
+        Raises UpstreamCut if the body has ended before it was whole or its framing is broken.
+        """
+        framing = self.head.framing
+        try:
+            if self._received:
+                data, self._received = framing.feed(self._received), b""
+                if data:
+                    return data
+            while not framing.done:
+                # Each read is followed by a wait, even if more is there: the loop serves all other streams in between.
+                if self._dry:
+                    self._dry = False
+                    return None
+                raw = self._receive()
+                if not raw:
+                    framing.end()
+                    break
+                data = framing.feed(raw)
+                if data:
+                    return data
+        except _NOTHING_THERE:
+            return None
+        except http1.Truncated:
+            raise errors.UpstreamCut("the upstream closed the connection before its answer was complete") from None
+        except http1.BadResponse as error:
+            raise errors.UpstreamCut(f"the upstream's answer broke off: {error}") from None
+        except OSError:
+            raise errors.UpstreamCut("the connection to the upstream broke before its answer was complete") from None
+        return b""
+
+    def _receive(self) -> bytes:
+        recv, size = self._recv, self._upstream.read_size
+        data = recv(size)
+        self._dry = True
+        if not self._upstream.tls or not data:
+            return data
+        # TLS hands over record by record, and most events are one: take all there are.
+        pieces = [data]
+        left = size - len(data)
+        try:
+            while left > 0 and (data := recv(left)):
+                pieces.append(data)
+                left -= len(data)
+        except _NOTHING_THERE:
+            pass
+        else:
+            self._dry = False  # more may be in the TLS layer, where the socket does not show it
+        return b"".join(pieces)
+
+    # The end.
+
+    def close(self) -> None:
+        """Give the connection back for reuse if the answer has been read to its end, else close it. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        if self.sent:
+            self._release()
+        elif self.sock is not None:
+            # Another thread or greenlet is sending still: this wakes it, and it cleans up.
+            try:
+                self.sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    def _release(self) -> None:
+        give_back, connection = self._give_back, self._connection
+        if give_back is None or connection is None:
+            return
+        if not self._reusable():
+            connection.close()
+        self._connection = self.sock = None
+        self._received = b""
+        give_back()
+
+    def _reusable(self) -> bool:
+        if not self._answered or self._received:
+            return False
+        framing = self.head.framing
+        return framing.done and not framing.excess and self.head.keeps_open

@@ -1,0 +1,91 @@
+"""The one seam between a stream and the kind of server that it runs in: waiting.
+
+A stream waits for several things at once: its upstream, its client's going, a clock, a word from elsewhere in the
+process. Under gevent the hub's watchers do that, and thousands wait in one thread (`relay.waiting.hub`); under plain
+threads poll does (`relay.waiting.threads`). Nothing here knows what is waited for, or why.
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Wake(enum.Enum):
+    """Why a wait ended."""
+
+    READY = enum.auto()  # the upstream's socket is readable
+    GONE = enum.auto()  # the client has closed its connection
+    OTHER = enum.auto()  # the deadline has passed, a task has ended, or somebody called `wake`: look again
+
+
+READY, GONE, OTHER = Wake.READY, Wake.GONE, Wake.OTHER
+
+
+class Task:
+    """Work that blocks, done beside the stream: `finished`, then `error` or None."""
+
+    def __init__(self, work: Callable[[], None], done: Callable[[], None]) -> None:
+        self._work = work
+        self._done = done
+        self.finished = False
+        self.error: BaseException | None = None
+
+    def __call__(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:  # noqa: BLE001 - whoever waits for the task raises it
+            self.error = error
+        self.finished = True
+        self._done()
+
+
+class Waiter(Protocol):
+    """What a stream waits with. All but `wake` are for the stream's own thread or greenlet."""
+
+    def run(self, work: Callable[[], None]) -> Task:
+        """Do blocking work beside the stream; `wait` ends when it is finished."""
+
+    def abort(self, task: Task) -> None:
+        """End that work where it blocks, as far as that is possible."""
+
+    def watch(self, upstream: Any) -> None:
+        """From now on `wait` ends when this socket is readable."""
+
+    def unwatch(self) -> None:
+        """No longer: the socket is about to be given away or closed."""
+
+    def wait(self, deadline: float) -> Wake:
+        """Wait until something happens, at the latest until `deadline` (monotonic seconds)."""
+
+    def wake(self) -> None:
+        """End the present wait, or the next one. From any thread or greenlet."""
+
+    def close(self) -> None:
+        """Let go of the sockets. Idempotent."""
+
+
+def cooperative() -> bool:
+    """Whether this process runs on gevent: its sockets are patched."""
+    monkey = sys.modules.get("gevent.monkey")
+    return monkey is not None and monkey.is_module_patched("socket")
+
+
+def waiter(client: Any, tick: Callable[[], float]) -> Waiter:
+    """The kind that fits this process.
+
+    `client`: the client's socket, or None where the server does not show it; then its going is not noticed. `tick` is
+    called now and then while the stream does something else than wait (it writes); it returns the seconds until it
+    wants to be called again.
+    """
+    if cooperative():
+        from relay.waiting.hub import HubWaiter
+
+        return HubWaiter(client, tick)
+    from relay.waiting.threads import ThreadWaiter
+
+    return ThreadWaiter(client, tick)

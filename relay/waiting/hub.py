@@ -1,0 +1,142 @@
+"""Waiting in a greenlet, on the watchers of gevent's hub.
+
+Whatever the hub calls here runs in the hub's own greenlet; a switch from there runs the stream until it waits again.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import gevent
+from gevent import get_hub, getcurrent
+
+from relay.waiting import GONE, OTHER, READY, Task, Wake
+from relay.waiting.client import gone, watchable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_READ = 1  # libev's EV_READ
+_NEVER = float("inf")
+#: A stream without any clock of its own still looks after its writes so often.
+_LONGEST_TICK = 15.0
+
+
+class HubWaiter:
+    """A Waiter for servers on gevent."""
+
+    __slots__ = ("_client", "_gone", "_hub", "_read", "_reading", "_tick", "_timer", "_timer_at", "_waiting", "_woken")
+
+    def __init__(self, client: Any, tick: Callable[[], float]) -> None:
+        self._hub = get_hub()
+        self._tick = tick
+        self._waiting: Any = None  # the greenlet that waits in `wait`
+        self._read: Any = None
+        self._reading = False
+        self._timer: Any = None
+        self._timer_at = _NEVER
+        self._woken = False
+        self._gone = False
+        self._client: Any = None
+        if watchable(client):
+            self._client = self._hub.loop.io(client.fileno(), _READ)
+            self._client.start(self._client_readable, client)
+
+    def run(self, work: Callable[[], None]) -> Task:
+        task = _GreenletTask(work, self.wake)
+        task.greenlet = gevent.spawn(task)
+        return task
+
+    def abort(self, task: Task) -> None:
+        """End it in a name look-up, a connect, a TLS handshake or a send."""
+        if isinstance(task, _GreenletTask):
+            task.greenlet.kill(block=False)
+
+    def watch(self, upstream: Any) -> None:
+        self._read = self._hub.loop.io(upstream.fileno(), _READ)
+
+    def unwatch(self) -> None:
+        if self._read is not None:
+            self._read.stop()
+            self._read.close()
+            self._read = None
+            self._reading = False
+
+    def wait(self, deadline: float) -> Wake:
+        if self._gone:
+            return GONE
+        if self._woken:
+            self._woken = False
+            return OTHER
+        # The timer stays armed across events, since deadlines mostly move away; when it goes off too early, the
+        # stream looks at its clocks and waits on.
+        if deadline < self._timer_at:
+            self._arm(deadline if deadline != _NEVER else time.monotonic() + _LONGEST_TICK)
+        # The read watcher stays on across events, too; it is turned off only if it speaks while nobody listens.
+        if not self._reading and self._read is not None:
+            self._reading = True
+            self._read.start(self._readable)
+        self._waiting = getcurrent()
+        try:
+            return self._hub.switch()  # type: ignore[no-any-return]
+        finally:
+            self._waiting = None
+
+    def wake(self) -> None:
+        self._woken = True
+        if self._waiting is not None:
+            self._hub.loop.run_callback(self._deliver)
+
+    def close(self) -> None:
+        for watcher in (self._client, self._read, self._timer):
+            if watcher is not None:
+                watcher.stop()
+                watcher.close()
+        self._client = self._read = self._timer = None
+        self._timer_at = -_NEVER
+
+    def _arm(self, at: float) -> None:
+        if self._timer is not None:
+            self._timer.stop()
+            self._timer.close()
+        self._timer_at = at
+        self._timer = self._hub.loop.timer(max(at - time.monotonic(), 0.0))
+        self._timer.start(self._timed_out, update=True)
+
+    # Called by the hub.
+
+    def _readable(self) -> None:
+        if self._waiting is not None:
+            self._waiting.switch(READY)
+        elif self._read is not None:
+            self._read.stop()
+            self._reading = False
+
+    def _timed_out(self) -> None:
+        self._timer.close()
+        self._timer = None
+        self._timer_at = _NEVER
+        if self._waiting is not None:
+            self._waiting.switch(OTHER)
+        else:
+            self._arm(time.monotonic() + self._tick())
+
+    def _deliver(self) -> None:
+        if self._waiting is not None and self._woken:
+            self._woken = False
+            self._waiting.switch(OTHER)
+
+    def _client_readable(self, client: Any) -> None:
+        is_gone = gone(client)
+        if is_gone is False:
+            return
+        self._client.stop()
+        if is_gone:
+            self._gone = True
+            if self._waiting is not None:
+                self._waiting.switch(GONE)
+
+
+class _GreenletTask(Task):
+    greenlet: Any = None
