@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +21,7 @@ def create_app(config: Mapping[str, object] | None = None) -> Flask:
     """
     settings = Settings.from_mapping(environment.environment() if config is None else config, service=True)
     app = Flask("relay", static_folder=None)
-    _log_to_stdout()
+    log.to_standard_output()
     stream.drain.seconds = settings.drain
     mount = Relay().init_service(app, settings)
     for name, view in (
@@ -37,7 +35,7 @@ def create_app(config: Mapping[str, object] | None = None) -> Flask:
     app.register_error_handler(HTTPException, _http_error)
     app.register_error_handler(Exception, _bug)
     if settings.upstream_url is None:
-        log.logger.warning("no RELAY_UPSTREAM_URL is set: what is relayed is the embedded demo upstream")
+        log.event("demo", message="no RELAY_UPSTREAM_URL is set: what is relayed is the embedded demo upstream")
     return app
 
 
@@ -61,15 +59,6 @@ def _on_admin_address(settings: Settings) -> bool:
     if not isinstance(here, tuple):
         return settings.admin_bind == f"unix:{here}"
     return settings.admin_bind.rpartition(":")[2] == str(here[1])
-
-
-def _log_to_stdout() -> None:
-    if not log.logger.handlers:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        log.logger.addHandler(handler)
-    log.logger.setLevel(logging.INFO)
-    log.logger.propagate = False
 
 
 def _http_error(error: HTTPException) -> Response:

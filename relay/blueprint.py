@@ -169,7 +169,8 @@ def _at(name: str, view: Callable[..., Any]) -> Callable[..., Any]:
 def relay_request(mount: Mount, rest: str) -> Response:
     """Check the request, read it whole, and answer with a stream that starts when Flask's contexts are gone."""
     settings = mount.settings
-    environ = request.environ
+    asked = request._get_current_object()  # type: ignore[attr-defined] # noqa: SLF001 - each use of the proxy costs
+    environ, method = asked.environ, asked.method
     request_id = _request_id()
     address = access.client_address(environ, settings)
     access.check_origin(environ, settings)
@@ -177,30 +178,30 @@ def relay_request(mount: Mount, rest: str) -> Response:
         access.check_host(environ, settings)
         access.check_peer(address, settings)
     path, query = raw_target(environ, rest)
-    if request.method in _OTHER_METHODS:
-        raise errors.MethodNotAllowed(f"the relay does not pass on {request.method}")
+    if method in _OTHER_METHODS:
+        raise errors.MethodNotAllowed(f"the relay does not pass on {method}")
     fault = bad_target(path, query)
     if fault:
         raise errors.BadRequest(fault, code="bad_path")
-    if not allows(settings.allow, request.method, path):
+    if not allows(settings.allow, method, path):
         raise errors.Forbidden(
-            f"{request.method} on this path is not among what this relay passes on (RELAY_ALLOW)",
+            f"{method} on this path is not among what this relay passes on (RELAY_ALLOW)",
             code="path_not_allowed",
         )
-    body = read_body(request, settings.max_body)
+    body = read_body(asked, settings.max_body)
     record = Record(
         request_id=request_id,
-        method=request.method,
+        method=method,
         route=f"{mount.name}.relay",
         client=address,
         mount=mount.name,
-        asks_for_events=asks_for_events(request, path, body),
+        asks_for_events=asks_for_events(asked, path, body),
     )
     overrides = {"X-Request-ID": request_id}
     if mount.request_headers is not None:
         overrides.update(mount.request_headers())
     exchange = mount.upstream().exchange(
-        request.method, f"/{path}" if path else "", query, mount.headers.select(environ), body, overrides
+        method, f"/{path}" if path else "", query, mount.headers.select(environ), body, overrides
     )
 
     def begin(response: Response, start_response: Callable[..., Any]) -> Iterable[bytes]:

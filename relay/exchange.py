@@ -56,8 +56,8 @@ class Exchange:
     """
 
     __slots__ = (
-        "_answered", "_closed", "_connection", "_dry", "_give_back", "_received", "_recv", "_upstream", "connected",
-        "head", "method", "sock", "wire",
+        "_answered", "_closed", "_connection", "_give_back", "_received", "_recv", "_upstream", "connected",
+        "empty", "head", "method", "sock", "wire",
     )  # fmt: skip
 
     def __init__(self, upstream: Sender, method: str, wire: bytes) -> None:
@@ -72,7 +72,8 @@ class Exchange:
         self._give_back: Callable[[], None] | None = None  # set once the request is sent
         self._received = b""  # what has come of the head, then what came along with it
         self._recv: Callable[[int], bytes]
-        self._dry = False  # the last read has emptied the socket, or nothing can be there yet
+        #: Nothing can be read before `sock` is readable.
+        self.empty = True
         self._closed = False
 
     # Sending.
@@ -114,7 +115,6 @@ class Exchange:
         self.sock.settimeout(0)
         # The plain socket beneath gevent's, which would only add its own way of waiting; TLS needs the whole of it.
         self._recv = self.sock.recv if self._upstream.tls else getattr(self.sock, "_sock", self.sock).recv
-        self._dry = True
         self._give_back = give_back
         if self._closed:
             self._release()
@@ -128,56 +128,56 @@ class Exchange:
         Raises UpstreamFailed if the upstream hung up or did not answer with sound HTTP/1.
         """
         try:
-            while True:
-                data = self._received
-                length = http1.head_length(data) if data else 0
-                if length:
-                    head = http1.parse_head(data[:length], self.method)
-                    self._received = data[length:]
-                    if head.status == 101:
-                        raise http1.BadResponse("it switched protocols, which nobody asked for")
-                    if head.status >= 200:
-                        self.head, self._answered = head, True
-                        return True
-                    continue  # 100, 102, 103: the answer is still to come (RFC 9110 section 15.2)
-                if self._dry:
-                    self._dry = False
-                    return False
-                data = self._receive()
+            data = self._receive()
+            if not data:
+                raise errors.UpstreamFailed("the upstream hung up before it answered")
+            data = self._received + data
+            while length := http1.head_length(data):
+                head = http1.parse_head(data[:length], self.method)
+                data = data[length:]
+                if head.status == 101:
+                    raise http1.BadResponse("it switched protocols, which nobody asked for")
+                if head.status >= 200:
+                    self.head, self._answered = head, True
+                    self.empty = self.empty and not data and not head.framing.done
+                    break
+                # 100, 102, 103: the answer is still to come (RFC 9110 section 15.2)
                 if not data:
-                    raise errors.UpstreamFailed("the upstream hung up before it answered")
-                self._received += data
+                    break
+            self._received = data
         except _NOTHING_THERE:
-            return False
+            self.empty = True
         except http1.BadResponse as error:
             raise errors.UpstreamFailed(f"the upstream's answer cannot be relayed: {error}") from None
         except OSError:
             raise errors.UpstreamFailed("the upstream hung up before it answered") from None
+        return self._answered
 
     def read(self) -> bytes | None:
-        """Body bytes that have arrived; b"" after the last one; None: nothing there now, wait for `sock`.
+        """Body bytes that have arrived; b"" after the last one; None: no byte of the body has.
 
         Raises UpstreamCut if the body has ended before it was whole or its framing is broken.
         """
         framing = self.head.framing
         try:
             if self._received:
-                data, self._received = framing.feed(self._received), b""
-                if data:
-                    return data
-            while not framing.done:
-                # Each read is followed by a wait, even if more is there: the loop serves all other streams in between.
-                if self._dry:
-                    self._dry = False
-                    return None
+                raw, self._received = self._received, b""
+                self.empty = True
+            elif framing.done:
+                return b""
+            elif framing.fault is not None:
+                raise framing.fault
+            else:
                 raw = self._receive()
-                if not raw:
-                    framing.end()
-                    break
-                data = framing.feed(raw)
-                if data:
-                    return data
+            if not raw:
+                framing.end()
+                return b""
+            data = framing.feed(raw)
+            if framing.done or framing.fault is not None:
+                self.empty = False
+            return data if data or framing.done else None
         except _NOTHING_THERE:
+            self.empty = True
             return None
         except http1.Truncated:
             raise errors.UpstreamCut("the upstream closed the connection before its answer was complete") from None
@@ -185,25 +185,31 @@ class Exchange:
             raise errors.UpstreamCut(f"the upstream's answer broke off: {error}") from None
         except OSError:
             raise errors.UpstreamCut("the connection to the upstream broke before its answer was complete") from None
-        return b""
 
     def _receive(self) -> bytes:
-        recv, size = self._recv, self._upstream.read_size
-        data = recv(size)
-        self._dry = True
-        if not self._upstream.tls or not data:
-            return data
+        # Each read is followed by a wait even if it did not empty the socket: the loop serves all other streams in
+        # between, and the wait costs nothing when bytes are there.
+        self.empty = True
+        if not self._upstream.tls:
+            return self._recv(self._upstream.read_size)
         # TLS hands over record by record, and most events are one: take all there are.
-        pieces = [data]
-        left = size - len(data)
+        pieces = []
+        left = self._upstream.read_size
         try:
-            while left > 0 and (data := recv(left)):
+            while left > 0:
+                data = self._recv(left)
                 pieces.append(data)
                 left -= len(data)
+                if not data:
+                    break
+            self.empty = False  # more may be in the TLS layer, or its end, where the socket does not show it
         except _NOTHING_THERE:
-            pass
-        else:
-            self._dry = False  # more may be in the TLS layer, where the socket does not show it
+            if not pieces:
+                raise
+        except OSError:
+            if not pieces:
+                raise
+            self.empty = False  # what came before the failure goes out first
         return b"".join(pieces)
 
     # The end.

@@ -173,7 +173,7 @@ class Chunked(Framing):
                 self._line(data[position:newline])
                 position = newline + 1
         except BadResponse as fault:
-            self.fault = fault
+            self.fault, self._state = fault, _BROKEN
             if not body:  # what came before the fault goes out first: it is the upstream's, and the client's
                 raise
         else:
@@ -214,7 +214,7 @@ class Chunked(Framing):
 
 
 # What a chunked body's next byte belongs to.
-_SIZE, _DATA, _DATA_END, _TRAILER = range(4)
+_SIZE, _DATA, _DATA_END, _TRAILER, _BROKEN = range(5)
 
 
 @dataclass(slots=True)

@@ -32,11 +32,16 @@ def raw_target(environ: dict[str, Any], rest: str) -> tuple[str, str | None]:
     the prefix may come in any encoding, and in front of it whatever a server or middleware has moved to SCRIPT_NAME.
     The query is None where there is no question mark. A server that shows no raw target gets it encoded anew.
     """
-    # Slashes are what a lossy decoding leaves as they are: Flask makes one character of several ill bytes.
-    below = "/".join(str(environ.get("PATH_INFO", "")).split("/")[-1 - rest.count("/") :]) if rest else ""
+    path_info = str(environ.get("PATH_INFO", ""))
+    # Slashes are what a lossy decoding leaves as they are: Flask makes one character of several ill bytes. Of nothing
+    # but slashes behind the mount it makes nothing.
+    slashes = rest.count("/") if rest else len(path_info) - len(path_info.rstrip("/")) - 1
+    below = "/".join(path_info.split("/")[-1 - slashes :]) if slashes >= 0 else ""
     raw = environ.get("RAW_URI") or environ.get("REQUEST_URI")
     if raw:
         path, query = paths.split_target(str(raw))
+        if "#" in path:
+            return path, query  # servers cut it off in PATH_INFO; here it shows, and is refused
         raw_bytes = _RAW_BYTE.findall(path)
         tail = "".join(raw_bytes[len(raw_bytes) - len(below) :]) if len(below) <= len(raw_bytes) else ""
         if unquote_to_bytes(tail.encode("latin-1")).decode("latin-1") == below:

@@ -1,50 +1,99 @@
-"""The relay's log: one line for each relayed request, when it has ended. Never a prompt, key, cookie or query."""
+"""The relay's log: one JSON line for each request, when it has ended. Never a prompt, key, cookie or query value.
+
+A mounted relay logs to the logger `relay`, at level INFO, and its app decides what becomes of that. The service writes
+its lines to standard output itself, each with one call: lines of several workers do not mix, and the logging module
+would cost more than all the rest of a line.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from relay.errors import RelayError
     from relay.stream import Record
 
 logger = logging.getLogger("relay")
 
+_encode = json.JSONEncoder(separators=(", ", ": ")).encode
+
+
+def _to_logger(line: dict[str, Any]) -> None:
+    if logger.isEnabledFor(logging.INFO):
+        logger.info("%s", _encode(line))
+
+
+_emit: Callable[[dict[str, Any]], None] = _to_logger
+
+
+class _Output:
+    """Lines to a file descriptor. One that cannot be written is counted, and told of when one can be again: a full
+    disk must not end a stream."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._lost = 0
+
+    def __call__(self, line: dict[str, Any]) -> None:
+        text = _encode(line) + "\n"
+        if self._lost:
+            text = _encode({"event": "log_lines_lost", "lines": self._lost}) + "\n" + text
+        try:
+            os.write(self._descriptor, text.encode())
+        except OSError:
+            self._lost += 1
+        else:
+            self._lost = 0
+
+
+def to_standard_output() -> None:
+    """From now on, in this process, lines go to standard output."""
+    global _emit  # noqa: PLW0603 - a process has one log
+    _emit = _Output(1)
+
+
+def event(name: str, **what: object) -> None:
+    """A line about the service itself."""
+    _emit({"event": name, **what, "worker": os.getpid()})
+
 
 def refused(error: RelayError, request_id: str, method: str) -> None:
-    """Write the line of a request that the relay answered itself, before it would have become a stream."""
-    line = {
-        "event": "refused",
-        "request_id": request_id,
-        "method": method,
-        "status": error.status,
-        "reason": error.code,
-    }
-    logger.info("%s", json.dumps(line))
+    """The line of a request that the relay answered itself, before it would have become a stream."""
+    _emit(
+        {
+            "event": "refused",
+            "request_id": request_id,
+            "method": method,
+            "status": error.status,
+            "reason": error.code,
+            "worker": os.getpid(),
+        }
+    )
 
 
 def ended(record: Record) -> None:
-    """Write the line of a request that has ended."""
-    if not logger.isEnabledFor(logging.INFO):
-        return
-    line = {
-        "event": "request",
-        "request_id": record.request_id,
-        "client": record.client,
-        "method": record.method,
-        "route": record.route,
-        "status": record.status,
-        "reason": record.reason,
-        "first_byte_ms": None if record.first_byte is None else round(record.first_byte * 1000, 1),
-        "total_ms": round(record.seconds * 1000, 1),
-        "bytes": record.bytes,
-        "events": record.events,
-        "heartbeats": record.heartbeats,
-        "longest_gap_ms": round(record.longest_gap * 1000, 1),
-        "upstream_request_id": record.upstream_request_id,
-        "worker": os.getpid(),
-    }
-    logger.info("%s", json.dumps(line))
+    """The line of a request that has ended."""
+    _emit(
+        {
+            "event": "request",
+            "request_id": record.request_id,
+            "client": record.client,
+            "method": record.method,
+            "route": record.route,
+            "status": record.status,
+            "reason": record.reason,
+            "first_byte_ms": None if record.first_byte is None else round(record.first_byte * 1000, 1),
+            "total_ms": round(record.seconds * 1000, 1),
+            "bytes": record.bytes,
+            "events": record.events,
+            "heartbeats": record.heartbeats,
+            "longest_gap_ms": round(record.longest_gap * 1000, 1),
+            "upstream_request_id": record.upstream_request_id,
+            "worker": os.getpid(),
+        }
+    )

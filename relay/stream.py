@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from relay import errors, sse, waiting
 from relay.headers import SANDBOX, UNBUFFERED, response_headers
 from relay.metrics import metrics
+from relay.waiting import GONE, READY
 from relay.waiting import client as client_socket
 
 if TYPE_CHECKING:
@@ -123,15 +124,18 @@ class Stream:
         # Clocks, all in monotonic seconds.
         self._hold_at = _NEVER
         self._held = False
+        self._deadline = _NEVER  # no clock has anything to say before
+        self._resumed = now  # when the server last asked for more
+        self._gave = -1.0  # when it was given something; later than `_resumed`: it is writing
         self._arrived = now  # the last byte from upstream
-        self._quiet_since = now  # since when the upstream is waited for, writing to the client left out
-        self._beat_at = _NEVER  # the next heartbeat
-        self._writing_since = 0.0  # since when the server writes what it was given; 0: it does not
+        self._spoken = False  # it came after the clocks were last looked at
+        self._quiet_since = now  # since when the upstream is waited for
+        self._beat_since = now  # the last heartbeat, or whatever else the client was sent
+        self._beating = False  # a heartbeat was the last thing
         self._write_seen = 0.0  # the write that was looked at last, by the time it began
         self._progress_at = 0.0
         self._unsent = 0
         self._broken = "client_gone"  # the end reason if the server gives up writing
-        self._deadline = _NEVER
         self._pending: errors.RelayError | None = None
         drain.open.add(self)
 
@@ -145,7 +149,7 @@ class Stream:
         return self
 
     def __next__(self) -> bytes:
-        self._writing_since = 0.0
+        self._resumed = monotonic()
         try:
             data = self._step()
         except errors.RelayError as error:
@@ -153,7 +157,7 @@ class Stream:
         except ClientGone:
             self._end("client_gone")
             raise errors.StreamCut from None
-        self._writing_since = monotonic()
+        self._gave = monotonic()
         return data
 
     # Before the upstream's answer.
@@ -165,7 +169,7 @@ class Stream:
         while not lease.granted:
             if monotonic() >= min(give_up, drain.at):
                 raise self._admission.full()
-            if self._waiter.wait(min(give_up, drain.at)) is waiting.GONE:
+            if self._waiter.wait(min(give_up, drain.at)) is GONE:
                 raise ClientGone
         self.record.admitted = True
         metrics().opened(self.record.mount)
@@ -189,21 +193,22 @@ class Stream:
                     raise task.error
                 self._task = None
                 waiter.watch(exchange.sock)
-            if exchange.sent and exchange.read_head():
-                return self._answer(exchange.head)
             now = monotonic()
             if now >= drain.at:
                 raise errors.Drained("the relay is restarting and the upstream has not answered yet")
             deadline = self._check_opening(now)
             if self._held:
-                if now >= self._beat_at:
-                    self._beat_at = now + self._settings.heartbeat
+                if now >= self._beat_since + self._settings.heartbeat:
+                    self._beat_since = now
                     return self._heartbeat(sse.HEARTBEAT)
-                deadline = min(deadline, self._beat_at)
+                deadline = min(deadline, self._beat_since + self._settings.heartbeat)
             elif now >= self._hold_at:
                 return self._hold(now)
-            if waiter.wait(min(deadline, self._hold_at, drain.at)) is waiting.GONE:
+            wake = waiter.wait(min(deadline, self._hold_at, drain.at))
+            if wake is GONE:
                 raise ClientGone
+            if (wake is READY or not exchange.empty) and exchange.read_head():
+                return self._answer(exchange.head)
 
     def _check_opening(self, now: float) -> float:
         """The next deadline while there is no answer. Raises if one has passed."""
@@ -226,7 +231,7 @@ class Stream:
         """Answer before the upstream has: proxies and clients on the way give up on a silent connection."""
         self._held = True
         self._hold_at = _NEVER
-        self._beat_at = now + self._settings.heartbeat
+        self._beat_since = now
         self._tracker = sse.Tracker()
         headers = [("Content-Type", "text/event-stream; charset=utf-8"), *SANDBOX, *UNBUFFERED]
         self._start(200, "OK", headers)
@@ -236,6 +241,7 @@ class Stream:
 
     def _answer(self, head: Head) -> bytes:
         """Pass on the head of the answer, and go on to its body."""
+        exchange = self._exchange
         now = self._arrived = self._quiet_since = monotonic()
         record = self.record
         record.first_byte = now - self._began
@@ -256,18 +262,17 @@ class Stream:
             if plain_events and record.method != "HEAD":
                 self._tracker = sse.Tracker()
             self._start(head.status, head.reason, headers)
-        if self._tracker is not None and self._settings.heartbeat:
-            self._beat_at = now + self._settings.heartbeat
-        else:
-            self._beat_at = _NEVER
+        self._beat_since = now
+        self._deadline = now  # the first wait looks at all clocks
         self._step = self._relay
         # What came along with the head goes out with it; an empty piece makes the server send the head alone.
         try:
-            return self._relay_arrived() or b""
+            data = b"" if exchange.empty else exchange.read()
         except errors.RelayError as error:
             self._pending = error
             self._step = self._raise_pending
             return b""
+        return self._observe(data) if data else b""
 
     def _raise_pending(self) -> NoReturn:
         """The failure that came along with the head, once the head is out."""
@@ -282,56 +287,70 @@ class Stream:
 
     def _relay(self) -> bytes:
         """The next bytes for the client: the upstream's as they have arrived, or a heartbeat in its silence."""
+        exchange = self._exchange
         while True:
-            data = self._relay_arrived()
+            if exchange.empty:
+                wake = self._waiter.wait(self._deadline)
+                if wake is not READY:
+                    if wake is GONE:
+                        raise ClientGone
+                    beat = self._silence(monotonic())
+                    if beat:
+                        return beat
+                    continue
+            data = exchange.read()
             if data:
-                return data
+                return self._observe(data)
             if data is not None:
                 self._end("done")
                 raise StopIteration
-            now = monotonic()
-            if now >= drain.at:
-                raise errors.Drained("the relay is restarting; the answer is not complete")
-            if not self._quiet_since:
-                self._quiet_since = now
-                self._beat_at = now + self._settings.heartbeat if self._beat_at != _NEVER else _NEVER
-            beat = self._silence(now)
-            if beat:
-                return beat
-            if self._waiter.wait(self._deadline) is waiting.GONE:
-                raise ClientGone
 
-    def _relay_arrived(self) -> bytes | None:
-        """What has arrived; b"" after the end; None: nothing now."""
-        data = self._exchange.read()
-        if not data:
-            return data
+    def _observe(self, data: bytes) -> bytes:
+        """Note what passes, without touching it."""
         now = monotonic()
-        if now >= drain.at:
-            raise errors.Drained("the relay is restarting; the answer is not complete")
         record = self.record
         gap = now - self._arrived
         if gap > record.longest_gap:  # noqa: PLR1730 - max() costs a call for every event
             record.longest_gap = gap
         self._arrived = now
-        self._quiet_since = 0.0  # counts from when it is written
+        self._spoken = True
         record.bytes += len(data)
         if self._tracker is not None:
             self._tracker.feed(data)
         return data
 
     def _silence(self, now: float) -> bytes:
-        """What the upstream's silence calls for now: nothing yet, a heartbeat, or the end."""
-        idle = self._settings.idle_timeout
-        idle_at = self._quiet_since + idle if idle else _NEVER
+        """What the clocks call for now: nothing yet, a heartbeat, or the end. Sets when they are looked at again.
+
+        That time may have passed by then without meaning: each byte puts the clocks back, and only here is it noticed.
+        """
+        if now >= drain.at:
+            raise errors.Drained("the relay is restarting; the answer is not complete")
+        settings = self._settings
+        # Only time in which the upstream was waited for counts: not that in which the client was written to.
+        if self._spoken:
+            self._spoken = False
+            self._quiet_since = self._beat_since = self._resumed
+        elif self._beating:
+            self._quiet_since += self._resumed - self._gave
+        self._beating = False
+        idle_at = self._quiet_since + settings.idle_timeout if settings.idle_timeout else _NEVER
         if now >= idle_at:
-            raise errors.IdleTimeout(f"the upstream has sent nothing for {idle:g} s (RELAY_IDLE_TIMEOUT)")
-        if now >= self._beat_at:
-            self._beat_at = now + self._settings.heartbeat
-            beat = self._tracker.heartbeat if self._tracker is not None else b""
-            if beat:
-                return self._heartbeat(beat)
-        self._deadline = min(idle_at, self._beat_at, drain.at)
+            raise errors.IdleTimeout(
+                f"the upstream has sent nothing for {settings.idle_timeout:g} s (RELAY_IDLE_TIMEOUT)"
+            )
+        beat_at = _NEVER
+        if self._tracker is not None and settings.heartbeat:
+            beat_at = self._beat_since + settings.heartbeat
+            if now >= beat_at:
+                self._beat_since = now
+                beat_at = now + settings.heartbeat
+                comment = self._tracker.heartbeat
+                if comment:
+                    self._deadline = min(idle_at, beat_at, drain.at)
+                    self._beating = True
+                    return self._heartbeat(comment)
+        self._deadline = min(idle_at, beat_at, drain.at)
         return b""
 
     def _heartbeat(self, comment: bytes) -> bytes:
@@ -389,7 +408,7 @@ class Stream:
         self._exchange.close()
         if self._lease is not None:
             self._lease.release()
-        self._writing_since = now  # what the server still writes may get stuck too
+        self._gave = now  # what the server still writes may get stuck too
         self._ended(record)
 
     def close(self) -> None:
@@ -408,7 +427,7 @@ class Stream:
 
     def break_write(self) -> None:
         """Free the server from a write that outlasts the drain."""
-        if self._writing_since and self._client is not None:
+        if self._gave >= self._resumed and self._client is not None:
             self._broken = "drained"
             client_socket.break_off(self._client)
 
@@ -419,8 +438,8 @@ class Stream:
         wants to look again.
         """
         limit = self._settings.write_timeout or _NEVER
-        since = self._writing_since
-        if since and self._client is not None:
+        since = self._gave
+        if since >= self._resumed and self._client is not None:
             now = monotonic()
             unsent = client_socket.unsent(self._client)
             if since != self._write_seen:

@@ -20,10 +20,11 @@ import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 from urllib3.util import Timeout
 from urllib3.util.wait import wait_for_read
 
-from relay import errors
+from relay import errors, names
 from relay.exchange import READ_SIZE, Aborted, Exchange, NotConnected
 from relay.paths import join
 
@@ -61,12 +62,16 @@ class Upstream:
             name = settings.upstream_key_header
             bearer = name.lower() == "authorization"
             self._added[name] = f"Bearer {settings.upstream_key}" if bearer else settings.upstream_key
-        self._added_names = {name.lower() for name in self._added}
         # The clocks of a stream know why they end something; the sockets' own limits are the last resort behind them.
         self._timeout = Timeout(connect=settings.connect_timeout, read=settings.first_byte_timeout)
         proxy = settings.upstream_proxy
         self._proxies = {"http": proxy, "https": proxy} if proxy else None
-        self._forwarded = bool(proxy) and not self.tls  # a plain HTTP proxy wants the whole URL
+        self._forwarded = bool(proxy) and not self.tls  # a plain HTTP proxy wants the whole URL and its password
+        if proxy and self._forwarded:
+            user, password = requests.utils.get_auth_from_url(proxy)
+            if user or password:
+                self._added.update(urllib3.make_headers(proxy_basic_auth=f"{user}:{password}"))
+        self._added_names = {name.lower() for name in self._added}
         self._pool_size = (settings.max_streams or 900) + 8
         self._adapter: _Adapter | None = None
 
@@ -135,14 +140,19 @@ class Upstream:
         status = 0
         try:
             exchange.send(within=within)
-            while not exchange.read_head():
+            answered = False
+            while not answered:
                 if not wait_for_read(exchange.sock, max(deadline - time.monotonic(), 0)):
                     raise errors.FirstByteTimeout(f"the upstream did not answer within {within:g} s")
+                answered = exchange.read_head()
             status = exchange.head.status
             # Only an answer that was read to its end leaves a connection that can be used again.
             taken = 0
-            while taken < _MOST_PROBED and (data := exchange.read()) != b"":
-                if data is None and not wait_for_read(exchange.sock, max(deadline - time.monotonic(), 0)):
+            while taken < _MOST_PROBED:
+                if exchange.empty and not wait_for_read(exchange.sock, max(deadline - time.monotonic(), 0)):
+                    break
+                data = exchange.read()
+                if data == b"":
                     break
                 taken += len(data or b"")
         except errors.UpstreamCut:
@@ -204,14 +214,46 @@ class _Mixin:
 
     sock: Any
     timeout: Any
+    port: int
+    _dns_host: str
 
     def connect(self) -> None:
         if _only_idle.get():
             raise NotConnected
         super().connect()  # type: ignore[misc]
+        if isinstance(self.sock, ssl.SSLSocket):
+            # An end without TLS's goodbye is a cut (RFC 9112 section 9.8), which Python would take for an end.
+            self.sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]
 
     def close(self) -> None:
         super().close()  # type: ignore[misc]
+
+    def _new_conn(self) -> socket.socket:
+        """As urllib3's, with names from relay.names."""
+        try:
+            addresses = names.resolve(self._dns_host.strip("[]"), self.port)
+        except socket.gaierror as error:
+            raise NameResolutionError(self._dns_host, cast("Any", self), error) from error
+        failure: Exception = OSError("the host has no address")
+        for family, kind, protocol, _, address in addresses:
+            sock = socket.socket(family, kind, protocol)
+            try:
+                sock.settimeout(self.timeout)
+                sock.connect(address)
+                # Requests are written whole, so waiting for more to send would only delay them.
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            except OSError as error:
+                sock.close()
+                failure = error
+            except BaseException:
+                sock.close()
+                raise
+            else:
+                return sock
+        names.forget(self._dns_host.strip("[]"), self.port)
+        if isinstance(failure, TimeoutError):
+            raise ConnectTimeoutError(self, "no connection in time") from failure
+        raise NewConnectionError(cast("Any", self), "no connection") from failure
 
     def request(self, method: str, url: str, body: Any = None, headers: Any = None, **_: Any) -> None:
         if self.sock is None:

@@ -7,12 +7,14 @@ own worker as well; then a stopping worker lets streams run into `graceful_timeo
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import time
 from typing import Any
 
 import gevent
+import gevent.socket
 from gunicorn.http import errors as http_errors
 from gunicorn.workers.ggevent import GeventWorker
 
@@ -21,6 +23,10 @@ from relay.waiting.client import gone
 
 #: Seconds between two looks at idle connections while the worker drains.
 _LOOK = 0.1
+#: Seconds that an idle connection is kept then: longer than the proxy in front keeps it (3 s in
+#: nginx/snippets/relay-upstream.conf). The side that closes first must be the one that sends requests, or one of them
+#: meets a closed connection. Enough for a request that comes in pieces, too.
+_KEEP_IDLE = 3.5
 #: Seconds that streams have to send their error frame before a write that is stuck is given up.
 _LAST_WORD = 1.0
 
@@ -51,24 +57,36 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._idle: set[Any] = set()  # client connections between two requests
+        self._idle: dict[Any, float] = {}  # client connections without a request, and since when (monotonic)
         logging.getLogger("gunicorn.error").addFilter(_not_the_network)
+
+    def load_wsgi(self) -> None:
+        super().load_wsgi()
+        # With thousands of streams open, a full collection stops them all for 100 ms and more. What is there now stays
+        # for good, so it is not looked at again; and streams are freed by their reference counts, not by the collector.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(20_000, 50, 100)
 
     # Idle connections.
 
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
-        self._idle.add(client)
+        if type(client) is gevent.socket.socket:
+            client.__class__ = _Client
+        self._idle[client] = time.monotonic()
         try:
             super().handle(listener, client, addr)
         finally:
-            self._idle.discard(client)
+            self._idle.pop(client, None)
 
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
-        self._idle.discard(sock)
-        try:
-            return super().handle_request(listener_name, req, sock, addr)
-        finally:
-            self._idle.add(sock)
+        self._idle.pop(sock, None)
+        super().handle_request(listener_name, req, sock, addr)
+        now = time.monotonic()
+        if now >= stream.drain.at:
+            # A head that went out before the drain had no `Connection: close`; what came next here would be too late.
+            raise StopIteration
+        self._idle[sock] = now
 
     # Stopping.
 
@@ -85,14 +103,14 @@ class Worker(GeventWorker):  # type: ignore[misc]
         drain = stream.drain
         drain.begin(drain.at)
         while True:
-            for client in list(self._idle):
+            now = time.monotonic()
+            for client, since in list(self._idle.items()):
                 # One with a request on its way in is not idle; it is served, and closed by its answer.
-                if gone(client) is False:
+                if now >= min(since + _KEEP_IDLE, drain.at) and gone(client) is False:
                     try:
                         client.shutdown(2)
                     except OSError:
                         pass
-            now = time.monotonic()
             if now >= drain.at + _LAST_WORD:
                 drain.break_writes()
             gevent.sleep(_LOOK)
@@ -121,6 +139,21 @@ class Worker(GeventWorker):  # type: ignore[misc]
             client.sendall(head.encode() + body)
         except OSError:
             pass  # the client did not wait for it
+
+
+class _Client(gevent.socket.socket):  # type: ignore[misc]
+    """A client's connection. An event fits into the kernel's buffer almost always, so it is tried to send it at once:
+    gevent's own sendall asks the kernel for the size of that buffer first, for every event."""
+
+    __slots__ = ()
+
+    def sendall(self, data: bytes, flags: int = 0) -> None:
+        try:
+            sent = self._sock.send(data, flags)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(data):
+            super().sendall(memoryview(data)[sent:], flags)
 
 
 def _not_the_network(record: logging.LogRecord) -> bool:

@@ -120,6 +120,7 @@ class HubWaiter:
         if self._waiting is not None:
             self._waiting.switch(OTHER)
         else:
+            self._woken = True
             self._arm(time.monotonic() + self._tick())
 
     def _deliver(self) -> None:

@@ -1,0 +1,86 @@
+"""Host names: asked for seldom, by one caller at a time, and again after a connection has failed.
+
+Under gevent a look-up takes a thread of a small pool, even for an address in digits, and those threads fight the loop
+for the interpreter: thousands of streams must not each ask. A look-up that hangs is shared by all who wait for the
+same name, so that it takes one thread of the pool and not all of them.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import threading
+import time
+from typing import Any
+
+#: Seconds that an answer is used. Load balancers in the cloud change their addresses within a minute.
+KEPT = 30.0
+
+#: What `socket.getaddrinfo` gives for one address.
+AddressInfo = tuple[Any, Any, int, str, tuple[Any, ...]]
+
+
+class _LookUp:
+    """A look-up under way or done."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.addresses: list[AddressInfo] = []
+        self.error: OSError | None = None
+        self.until = float("inf")
+
+
+_look_ups: dict[tuple[str, int], _LookUp] = {}
+_lock = threading.Lock()
+
+
+def resolve(host: str, port: int) -> list[AddressInfo]:
+    """The addresses of a host for TCP, in the resolver's order, at least one.
+
+    Raises socket.gaierror. Takes as long as the resolver does; others who ask for the same name wait with it.
+    """
+    literal = _literal(host, port)
+    if literal is not None:
+        return [literal]
+    key = (host, port)
+    with _lock:
+        look_up = _look_ups.get(key)
+        mine = look_up is None or time.monotonic() >= look_up.until
+        if mine:
+            look_up = _look_ups[key] = _LookUp()
+    assert look_up is not None  # noqa: S101 - for the type checker
+    if mine:
+        try:
+            look_up.addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+            look_up.until = time.monotonic() + KEPT
+        except OSError as error:
+            look_up.error = error
+            forget(host, port)
+        except BaseException:  # the caller was told to give up: whoever waits asks for themselves
+            look_up.error = socket.gaierror(socket.EAI_AGAIN, "the look-up was given up")
+            forget(host, port)
+            raise
+        finally:
+            look_up.done.set()
+    else:
+        look_up.done.wait()
+    if look_up.error is not None:
+        raise look_up.error
+    return look_up.addresses
+
+
+def forget(host: str, port: int) -> None:
+    """Ask again next time: a connection has failed, and the addresses may be old."""
+    with _lock:
+        _look_ups.pop((host, port), None)
+
+
+def _literal(host: str, port: int) -> AddressInfo | None:
+    """An address in digits, which nobody needs to be asked for."""
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    if ip.version == 4:
+        return socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (host, port)
+    return socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (host, port, 0, 0)
