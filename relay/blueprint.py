@@ -6,28 +6,28 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flask import Blueprint, Flask, Response, current_app, request
 from werkzeug.routing import BaseConverter
 
 from relay import access, errors, log, waiting
-from relay.headers import SANDBOX, RequestHeaders, sane_request_id
+from relay.headers import SANDBOX, RequestHeaders, check_field, sane_request_id
 from relay.health import Health
 from relay.incoming import asks_for_events, raw_target, read_body
 from relay.limits import Admission, streams_that_files_allow
 from relay.metrics import metrics
-from relay.paths import allows, bad_target
+from relay.paths import METHODS, allows, bad_target
 from relay.settings import Settings
 from relay.stream import Headers, Record, Stream, drain
 from relay.upstream import Upstream
 from relay.version import __version__
 
-_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-#: Routed as well, so that their 405 is the relay's and not a page of the framework's.
-_OTHER_METHODS = ("TRACE", "CONNECT")
 _DEFAULT_STREAMS = 900
 _DEFAULT_STREAMS_IN_THREADS = 8
+
+if TYPE_CHECKING:
+    from flask.blueprints import BlueprintSetupState
 
 HeadersHook = Callable[[], Mapping[str, str]]
 
@@ -35,7 +35,7 @@ HeadersHook = Callable[[], Mapping[str, str]]
 class _Rest(BaseConverter):
     """Everything below the mount. Unlike Flask's `path` it takes empty segments, and a leading slash."""
 
-    regex = ".*?"
+    regex = "(?s:.*?)"
     part_isolating = False
     weight = 200
 
@@ -142,14 +142,23 @@ class Relay:
 
 def _blueprint(name: str) -> Blueprint:
     blueprint = Blueprint(name, __name__)
-    options = {"provide_automatic_options": False, "strict_slashes": False, "merge_slashes": False}
     for rule, view in (("health", health), ("health/live", live), ("health/ready", ready)):
         endpoint = rule.replace("/", "_")
         blueprint.add_url_rule(f"/_relay/{rule}", endpoint, _at(name, view), methods=["GET"])
-    methods = [*_METHODS, *_OTHER_METHODS]
     relay = _at(name, relay_request)
-    blueprint.add_url_rule("/", "relay", relay, defaults={"rest": ""}, methods=methods, **options)
-    blueprint.add_url_rule("/<relay_rest:rest>", "relay", relay, methods=methods, **options)
+
+    def everything_below(state: BlueprintSetupState) -> None:
+        # Flask wants each method named; a rule without any takes all, and the view refuses those it does not relay.
+        prefix, endpoint = (state.url_prefix or "").rstrip("/"), f"{name}.relay"
+        state.app.view_functions[endpoint] = relay
+        for rule, defaults in ((f"{prefix}/", {"rest": ""}), (f"{prefix}/<relay_rest:rest>", None)):
+            state.app.url_map.add(
+                state.app.url_rule_class(
+                    rule, endpoint=endpoint, defaults=defaults, strict_slashes=False, merge_slashes=False
+                )
+            )
+
+    blueprint.record(everything_below)
     blueprint.register_error_handler(errors.RelayError, error_response)
     return blueprint
 
@@ -178,7 +187,7 @@ def relay_request(mount: Mount, rest: str) -> Response:
         access.check_host(environ, settings)
         access.check_peer(address, settings)
     path, query = raw_target(environ, rest)
-    if method in _OTHER_METHODS:
+    if method not in METHODS:
         raise errors.MethodNotAllowed(f"the relay does not pass on {method}")
     fault = bad_target(path, query)
     if fault:
@@ -199,10 +208,11 @@ def relay_request(mount: Mount, rest: str) -> Response:
     )
     overrides = {"X-Request-ID": request_id}
     if mount.request_headers is not None:
-        overrides.update(mount.request_headers())
-    exchange = mount.upstream().exchange(
-        method, f"/{path}" if path else "", query, mount.headers.select(environ), body, overrides
-    )
+        for name, value in mount.request_headers().items():
+            check_field(name, value)
+            overrides[name] = value
+    slash = "/" if path or environ["PATH_INFO"].endswith("/") else ""  # `/v1/` is not `/v1`
+    exchange = mount.upstream().exchange(method, slash + path, query, mount.headers.select(environ), body, overrides)
 
     def begin(response: Response, start_response: Callable[..., Any]) -> Iterable[bytes]:
         return Stream(
@@ -346,4 +356,5 @@ def _json(report: Mapping[str, Any]) -> Response:
     """A report as JSON in the order of its keys, which an app's own provider may sort."""
     response = Response(json.dumps(report) + "\n", content_type="application/json")
     response.headers["Cache-Control"] = "no-store"
+    response.headers["X-Request-ID"] = _request_id()
     return response

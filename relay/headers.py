@@ -16,6 +16,7 @@ _HOP_BY_HOP = frozenset(
     "proxy-authorization http2-settings".split()
 )
 
+_OF_THE_CONNECTION = _HOP_BY_HOP | {"host", "content-length", "expect"}
 # Framing is written anew; `Expect` was answered by the server in front. WSGI has the type elsewhere: among the `HTTP_`
 # names it is a client's `Content_Type`, which some servers take for the same.
 _REWRITTEN = frozenset("host content-length content-type accept-encoding expect x-request-id".split())
@@ -50,6 +51,7 @@ SANDBOX = [("X-Content-Type-Options", "nosniff"), ("Content-Security-Policy", "d
 #: On every event stream: nobody on the way may hold, store or change it. The second line is nginx's.
 UNBUFFERED = [("Cache-Control", "no-cache, no-store, no-transform"), ("X-Accel-Buffering", "no")]
 
+_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 # Some WSGI servers leave the line break of a folded field in its value (RFC 9112 section 5.2).
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@/+=-]{0,127}")
@@ -115,6 +117,14 @@ class RequestHeaders:
         if len(self._names) < self._REMEMBERED:
             self._names[key] = name
         return name
+
+
+def check_field(name: str, value: str) -> None:
+    """Raises ValueError for a field that would not stay on its line of the request, or that frames the request."""
+    if not _NAME.fullmatch(name) or _CONTROL.search(value) or any(character > "\xff" for character in value):
+        raise ValueError(f"the header {name!r} has a character in its name or value that cannot be sent")
+    if name.lower() in _OF_THE_CONNECTION:
+        raise ValueError(f"the header {name!r} belongs to the connection and cannot be set")
 
 
 def connection_tokens(value: str) -> set[str]:

@@ -22,7 +22,7 @@ _MOST_JSON = 1024 * 1024
 #: Methods whose missing body is announced as empty (RFC 9110 section 8.6), as some servers insist on a length.
 _WITH_BODY = frozenset(["POST", "PUT", "PATCH"])
 #: What stands for one byte of a decoded path.
-_RAW_BYTE = re.compile(r"%[0-9A-Fa-f]{2}|.", re.DOTALL)
+_RAW_BYTE = re.compile(rb"%[0-9A-Fa-f]{2}|.", re.DOTALL)
 
 
 def raw_target(environ: dict[str, Any], rest: str) -> tuple[str, str | None]:
@@ -42,10 +42,11 @@ def raw_target(environ: dict[str, Any], rest: str) -> tuple[str, str | None]:
         path, query = paths.split_target(str(raw))
         if "#" in path:
             return path, query  # servers cut it off in PATH_INFO; here it shows, and is refused
-        raw_bytes = _RAW_BYTE.findall(path)
-        tail = "".join(raw_bytes[len(raw_bytes) - len(below) :]) if len(below) <= len(raw_bytes) else ""
-        if unquote_to_bytes(tail.encode("latin-1")).decode("latin-1") == below:
-            return tail, query
+        for encoding in ("latin-1", "utf-8"):  # the second is what gunicorn makes of bytes beyond ASCII in PATH_INFO
+            raw_bytes = _RAW_BYTE.findall(path.encode(encoding))
+            tail = b"".join(raw_bytes[len(raw_bytes) - len(below) :]) if len(below) <= len(raw_bytes) else b""
+            if unquote_to_bytes(tail).decode("latin-1") == below:
+                return tail.decode(encoding), query
     query_string = str(environ.get("QUERY_STRING", ""))
     return quote(below.encode("latin-1"), safe="/:@!$&'()*+,;=~-._"), query_string or None
 

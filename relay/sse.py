@@ -17,12 +17,8 @@ HEARTBEAT = b": keep-alive\n\n"
 #: an event, finds it empty and fails on its JSON; a comment line alone disturbs no parser.
 HEARTBEAT_AFTER_ID = b": keep-alive\n"
 
-#: The same after a line that ended with CR: a LF that still belongs to that CR completes this line's end then, and does
-#: not make a blank line.
-HEARTBEAT_AFTER_ID_AND_CR = b": keep-alive\r"
-
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_LF, _CR = b"\n\r"
+_LF, _CR, _I = b"\n\ri"
 # With every line end a LF: a field called id, and what makes counting blank lines need care.
 _ID_FIELD = re.compile(rb"\nid[:\n]")
 _ID_FIELD_OR_BLANK_LINES = re.compile(rb"\n(?:id[:\n]|\n\n)")
@@ -43,7 +39,17 @@ def error_frame(error_json: str) -> bytes:
 class Tracker:
     """Knows where the last byte of an event stream stands, whatever pieces the bytes came in."""
 
-    __slots__ = ("_after_cr", "_begun", "_one_line_events", "_tail", "_unusual", "at_boundary", "events", "id_seen")
+    __slots__ = (
+        "_after_cr",
+        "_begun",
+        "_crlf_seen",
+        "_tail",
+        "_unusual",
+        "_whole_events",
+        "at_boundary",
+        "events",
+        "id_seen",
+    )
 
     def __init__(self) -> None:
         #: Whether the stream stands at its start or after a blank line, in whatever mix of CRLF, LF and CR.
@@ -55,22 +61,29 @@ class Tracker:
         # The last three bytes, each line end as one LF: enough to tell blank lines, and an `id` field, across pieces. A
         # stream starts as if after a blank line.
         self._tail = b"\n\n"
+        self._crlf_seen = False
         self._after_cr = False  # the last byte was a CR, to which a LF may still belong
         self._begun: bytes | None = b""  # what may be the beginning of a byte order mark; None: past it
         self._unusual = _ID_FIELD_OR_BLANK_LINES
-        # A piece that is one event of one line has nothing to tell: the state after it is that before it.
-        self._one_line_events = False
+        # Pieces that are whole events, as most are: the state after them is that before.
+        self._whole_events = False
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes of the stream."""
-        if self._one_line_events:
+        if self._whole_events and data[-1:] == b"\n":
             end = data.find(b"\n")
             after = len(data) - end
-            if (after == 2 and data[-1] == _LF and _CR not in data and data[0] not in b"i\n") or (
-                after == 3 and data[-4:] == b"\r\n\r\n" and data.find(b"\r") == end - 1 and data[0] not in b"i\r"
-            ):
-                self.events += 1
-                return
+            if after == 3:
+                if data[-4:] == b"\r\n\r\n" and data.find(b"\r") == end - 1 and data[0] not in b"i\r":
+                    self.events += 1
+                    return
+            elif _CR not in data and data[0] != _LF and (data[0] != _I or self.id_seen):
+                if after == 2:
+                    self.events += 1
+                    return
+                if data[-2] == _LF and self._unusual.search(data) is None:
+                    self.events += data.count(b"\n\n")
+                    return
         if self._begun is not None:
             data = self._begin(data)
         if self._after_cr or _CR in data:
@@ -88,7 +101,7 @@ class Tracker:
                 self._unusual = _BLANK_LINES
         self._tail = seen[-3:]
         self.at_boundary = seen.endswith(b"\n\n")
-        self._one_line_events = self.at_boundary and not self._after_cr and self._begun is None
+        self._whole_events = self.at_boundary and not self._after_cr and self._begun is None
 
     def _begin(self, data: bytes) -> bytes:
         """Leave out a byte order mark, which is no part of the first line."""
@@ -98,27 +111,30 @@ class Tracker:
             self.at_boundary = not data
             return b""
         self._begun = None
-        self.at_boundary = True
-        return data.removeprefix(_BYTE_ORDER_MARK)
+        data = data.removeprefix(_BYTE_ORDER_MARK)
+        self.at_boundary = False  # behind the mark it is no longer the start, and no line has ended yet
+        return data
 
     def _with_lf(self, data: bytes) -> bytes:
         """The same lines, each ended with LF. The LF of a CRLF in two pieces is left out."""
         if self._after_cr and data.startswith(b"\n"):
             data = data[1:]
             self._after_cr = False
+            self._crlf_seen = True
         if data:
             self._after_cr = data[-1] == _CR
+            self._crlf_seen = self._crlf_seen or b"\r\n" in data
         return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
     @property
     def heartbeat(self) -> bytes:
         """The comment that may be added where the stream stands now; empty: none.
 
-        After a CR a LF may follow that belongs to it. A comment between the two is harmless (the LF becomes one more
-        blank line) unless the stream carries `id` fields, where a blank line is not.
+        After a CR a LF may follow that belongs to it, if the stream has CRLFs at all. A comment between the two is
+        harmless (the LF becomes one more blank line) unless the stream carries `id` fields, where a blank line is not.
         """
         if not self.at_boundary:
             return b""
         if not self.id_seen:
             return HEARTBEAT
-        return HEARTBEAT_AFTER_ID_AND_CR if self._after_cr else HEARTBEAT_AFTER_ID
+        return b"" if self._after_cr and self._crlf_seen else HEARTBEAT_AFTER_ID

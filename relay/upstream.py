@@ -26,6 +26,7 @@ from urllib3.util.wait import wait_for_read
 
 from relay import errors, names
 from relay.exchange import READ_SIZE, Aborted, Exchange, NotConnected
+from relay.headers import check_field
 from relay.paths import join
 
 if TYPE_CHECKING:
@@ -87,13 +88,16 @@ class Upstream:
         """A request that has not been sent yet.
 
         `rest` and `query` are what stands below the mount, raw (latin-1 text). `headers` are the client's that may
-        pass. `body` None: no body and no Content-Length. `overrides` are set in place of anything else.
+        pass. `body` None: no body and no Content-Length. `overrides` are set in place of anything else. Raises
+        ValueError for one that cannot be sent as it is.
         """
         target = join(self._base_path, rest, query, self._query)
         if self._forwarded:
             target = f"http://{self.host}{target}"
         added, replaced = self._added, self._added_names
         if overrides:
+            for name, value in overrides.items():
+                check_field(name, value)
             names = {name.lower() for name in overrides}
             added = {name: value for name, value in added.items() if name.lower() not in names} | dict(overrides)
             replaced = replaced | names
@@ -136,7 +140,8 @@ class Upstream:
         Raises UpstreamUnreachable, UpstreamFailed, ConnectTimeout or FirstByteTimeout.
         """
         deadline = time.monotonic() + within
-        exchange = self.exchange("GET", rest, None, [], None)
+        path, mark, query = rest.partition("?")
+        exchange = self.exchange("GET", path, query if mark else None, [], None)
         status = 0
         try:
             exchange.send(within=within)

@@ -10,12 +10,15 @@ import errno
 import gc
 import logging
 import os
+import re
+import sys
 import time
 from typing import Any
 
 import gevent
 import gevent.socket
 from gunicorn.http import errors as http_errors
+from gunicorn.http import message as http_message
 from gunicorn.workers.ggevent import GeventWorker
 
 from relay import errors, stream
@@ -52,12 +55,18 @@ _NETWORK = frozenset(
 )  # fmt: skip
 
 
+# gunicorn refuses a request target with bytes beyond ASCII (RFC 3986 does not know them). Browsers and curl send them
+# when a person types them, nginx passes them on and upstreams take them; they go upstream as they came.
+http_message.RFC9112_TARGET_INVALID = re.compile(r"[^\x21-\x7e\x80-\xff]")
+
+
 class Worker(GeventWorker):  # type: ignore[misc]
     """A gevent worker that ends its streams with a word of explanation before gunicorn ends them without."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._idle: dict[Any, float] = {}  # client connections without a request, and since when (monotonic)
+        self._loop_is_over = False
         logging.getLogger("gunicorn.error").addFilter(_not_the_network)
 
     def load_wsgi(self) -> None:
@@ -89,6 +98,24 @@ class Worker(GeventWorker):  # type: ignore[misc]
         self._idle[sock] = now
 
     # Stopping.
+
+    def run(self) -> None:
+        try:
+            super().run()
+        finally:
+            self._loop_is_over = True
+
+    def handle_quit(self, sig: int, frame: Any) -> None:
+        """SIGINT or SIGQUIT: end at once. This runs in a signal handler, so it only sets things off."""
+        gevent.spawn(self._quit)
+
+    def _quit(self) -> None:
+        """What gunicorn does, but for an exit that may come when the worker is exiting: that is a traceback."""
+        self.alive = False
+        self.cfg.worker_int(self)
+        gevent.sleep(0.1)
+        if not self._loop_is_over:
+            sys.exit(0)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """SIGTERM, from the master: it stops or reloads. This runs in a signal handler, so it only sets things off."""
