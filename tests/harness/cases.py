@@ -2,7 +2,7 @@
 
 Our own cases are always there. Recorded streams and edge cases are read where they lie, in
 `shared` beside the repo (or where RELAY_SHARED says), and are no part of the project; without
-them the tests that need them are skipped. No I/O beyond reading those files.
+them there are none. No I/O beyond reading those files.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
-
-import pytest
 
 from harness import REPO
 
@@ -99,14 +97,6 @@ def _pieces(chunks: list[Any]) -> list[bytes]:
         else:
             pieces.append(bytes.fromhex(chunk))
     return pieces
-
-
-def params(cases: list[Case], what: str) -> list[Any]:
-    """Test parameters; a single skipped one where the cases are not there."""
-    if not cases:
-        reason = f"needs ../shared/{what}"
-        return [pytest.param(None, id="missing", marks=pytest.mark.skip(reason=reason))]
-    return [pytest.param(case, id=case.name) for case in cases]
 
 
 def at_event_boundary(body: bytes) -> bool:

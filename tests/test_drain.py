@@ -1,0 +1,546 @@
+"""Stopping and reloading: what becomes of open streams, of new requests and of idle connections, by real signals.
+
+One drain with streams of every kind in it is a scene; it is played for SIGTERM and for SIGHUP, directly and through
+nginx, and each test below it states what became of one kind. No assertion on how fast, only on the order of things.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from harness import Deadline, eventually, servers
+from harness.client import Client, Connection, NoResponse, ProtocolError, request
+from harness.upstream import Upstream
+from test_life import EVENTS, Rig, endless, frame, gone, mute, silent
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from harness.client import Body, Response
+    from harness.upstream import Exchange
+
+#: What gunicorn writes when it has to kill a worker that should have ended by itself.
+KILLED = ("graceful timeout", "was sent SIGKILL")
+ASKS = ("Accept", "text/event-stream")
+
+
+@contextlib.contextmanager
+def relay(hop: str = "direct", **settings: str) -> Iterator[Rig]:
+    """An upstream and a relay with settings of the test's own; `port` is nginx's if the hop is."""
+    workers = settings.pop("workers", "1")
+    env = {f"RELAY_{name.upper()}": value for name, value in settings.items()} | {"WEB_CONCURRENCY": workers}
+    with Upstream() as upstream, servers.gunicorn({"RELAY_UPSTREAM_URL": upstream.base_url, **env}) as server:
+        rig = Rig(upstream, server)
+        if hop == "direct":
+            yield rig
+        else:
+            with servers.nginx(server.port, server.admin_port) as proxy:
+                rig.port = proxy.port
+                yield rig
+
+
+def pieces(ex: Exchange) -> None:
+    """A short stream."""
+    ex.head(headers=EVENTS)
+    for event in PIECES:
+        ex.send(event)
+    ex.end()
+
+
+PIECES = (b"data: 1\n\n", b"data: 2\n\n", b"data: [DONE]\n\n")
+
+
+def turn(worker: int) -> None:
+    """Wait until the worker's main loop turns, which it does once a second.
+
+    A worker that is told to stop closes its listener at its next turn. A signal right after one leaves most of a second
+    to look at a worker that drains and still accepts.
+    """
+    clock = Deadline(10, "a turn of the worker's loop")
+    files = Path(f"/proc/{worker}/fd")
+    # The file by whose time the master sees that the worker lives; it has no name any more, but a descriptor.
+    sign = next(fd for fd in files.iterdir() if "wgunicorn-" in str(fd.readlink()))
+    before = sign.stat().st_mtime_ns
+    while sign.stat().st_mtime_ns == before:
+        clock.left()
+        time.sleep(0.002)
+
+
+def exists(pid: int) -> bool:
+    return Path(f"/proc/{pid}").is_dir()
+
+
+class Steady(threading.Thread):
+    """Makes one request after another until it is stopped, and keeps what came of each."""
+
+    def __init__(self, ask: Callable[[int], object], pause: float = 0.01) -> None:
+        super().__init__(daemon=True)
+        self.answers: list[object] = []  # what `ask` gave, or "refused", or the exception's text
+        self._ask = ask
+        self._pause = pause
+        self._over = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self._over.is_set():
+            try:
+                answer = self._ask(len(self.answers))
+            except ConnectionRefusedError:
+                answer = "refused"
+            except (OSError, ProtocolError, AssertionError) as error:
+                answer = f"{type(error).__name__}: {error}"
+            self.answers.append(answer)
+            self._over.wait(self._pause)
+
+    def stop(self) -> list[object]:
+        self._over.set()
+        self.join(30)
+        assert not self.is_alive()
+        return self.answers
+
+
+def whole(response: Response) -> str:
+    """What came of a request to `pieces`."""
+    body = response.finish()
+    if response.status == 200 and (body.data, body.ended) == (b"".join(PIECES), "clean"):
+        return "whole"
+    return f"{response.status} {body!r}"
+
+
+# --- One drain ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Scene:
+    """What became of everything that was under way when a worker was told to stop."""
+
+    hop: str
+    signal: str
+    ends: dict[str, Body] = field(default_factory=dict)  # of the streams whose end the client saw
+    statuses: dict[str, int] = field(default_factory=dict)
+    headers: dict[str, Response] = field(default_factory=dict)
+    reasons: dict[str, object] = field(default_factory=dict)  # from the log
+    tail: bytes = b""  # of the endless stream, framing included
+    ready: dict[str, list[object]] = field(default_factory=dict)  # what probes saw, by address
+    requests: list[object] = field(default_factory=list)  # what new requests saw
+    log: str = ""
+    drained: float = 0.0  # of relay_streams_ended_total
+    left: list[str] = field(default_factory=list)  # upstream requests that were still open afterwards
+
+
+DRAIN = "2"
+HELD_BACK = "stuck"  # the client of this one never reads
+
+
+@pytest.fixture(scope="module", params=["SIGTERM", "SIGHUP"])
+def stopped(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module", params=["direct", "nginx"])
+def scene(request: pytest.FixtureRequest, stopped: str) -> Scene:
+    with relay(request.param, drain=DRAIN, heartbeat="0.2", hold="0.3", keepalive="30") as rig:
+        return _play(rig, request.param, stopped)
+
+
+def _play(rig: Rig, hop: str, stopped: str) -> Scene:
+    found = Scene(hop, stopped)
+    (worker,) = rig.relay.workers()
+    open_: dict[str, tuple[Connection, Exchange]] = {}
+
+    def begin(name: str, sent: bytes | None, *headers: tuple[str, str], version: str = "HTTP/1.1") -> None:
+        path = rig.upstream.by_hand()
+        connection = Connection(rig.port)
+        connection.send("POST", "/v1" + path, [("X-Request-ID", _id(name)), *headers], version=version)
+        ex = rig.upstream.next(path)
+        if sent is not None:
+            json_body = sent.startswith(b"{")
+            content_type = "application/json" if json_body else "text/event-stream"
+            ex.head(headers=[("Content-Type", content_type)], framing="length" if json_body else "chunked", length=99)
+            ex.send(sent)
+            found.headers[name] = connection.read_head()
+            found.headers[name].read_exactly(len(sent))
+        open_[name] = (connection, ex)
+
+    begin("in time", b"data: 1\n\n")
+    begin("at a boundary", b"data: 1\n\n")
+    begin("after an id", b"id: 1\ndata: 1\r\n\r\n")
+    begin("inside an event", b"data: 1\n\ndata: ha")
+    begin("JSON", b'{"half": ')
+    begin("no answer yet", None)
+    begin("held", None, ASKS)
+    found.headers["held"] = open_["held"][0].read_head()
+    if hop == "direct":  # nginx cannot tell an HTTP/1.0 client of a cut
+        begin("HTTP/1.0", b"data: 1\n\n", version="HTTP/1.0")
+
+    stuck_path, endless_path = rig.upstream.serve(endless), rig.upstream.serve(endless)
+    stuck = rig.ask(stuck_path, [("X-Request-ID", HELD_BACK)])
+    fast = rig.ask(endless_path, [("X-Request-ID", "endless")])
+    reader = _Tail(fast)
+
+    whole_path = rig.upstream.serve(pieces)
+    probes = {
+        "service": Steady(lambda _: request(rig.relay.port, "GET", "/health/ready").status),
+        "admin": Steady(lambda _: request(rig.relay.admin_port, "GET", "/health/ready").status),
+        "report": Steady(lambda _: _report(request(rig.relay.admin_port, "GET", "/health"))),
+        "proxy": Steady(lambda _: request(rig.port, "GET", "/health/ready").status),
+    }
+    steady = Steady(lambda _: whole(request(rig.port, "POST", "/v1" + whole_path)))
+
+    turn(worker)
+    rig.relay.send_signal(signal.Signals[stopped])
+    eventually(lambda: 503 in probes["admin"].answers, "not ready")
+
+    # The drain has begun: this one ends within it.
+    connection, ex = open_.pop("in time")
+    ex.send(b"data: 2\n\n")
+    ex.end()
+    found.ends["in time"] = found.headers["in time"].finish()
+
+    for name, (connection, _) in open_.items():
+        if name not in found.headers:
+            found.headers[name] = connection.read_head()
+        found.ends[name] = found.headers[name].finish()
+    found.tail = reader.finish()
+
+    if stopped == "SIGTERM":
+        assert rig.relay.wait(15) == 0
+        for probe in probes.values():
+            eventually(lambda probe=probe: probe.answers[-1:] in (["refused"], [502]), "the listener closed")
+    else:
+        eventually(lambda: not exists(worker), "the old worker ended", 15)
+    found.ready = {name: probe.stop() for name, probe in probes.items()}
+    found.requests = steady.stop()
+
+    stuck.close()
+    names = [*found.headers, HELD_BACK, "endless"]
+    found.reasons = {name: rig.ended(_id(name))["reason"] for name in names}
+    found.log = rig.relay.log()
+    for path in {ex.path for ex in rig.upstream.seen()}:
+        for ex in rig.upstream.seen(path):
+            with contextlib.suppress(AssertionError):
+                eventually(lambda ex=ex: ex.gone or ex.finished.is_set(), "gone", 5)
+                continue
+            found.left.append(repr(ex))
+    if stopped == "SIGHUP":
+        rig.no_stream_open()
+        found.drained = rig.metric('relay_streams_ended_total{mount="relay",reason="drained"}')
+    # Whatever the test plays by hand is over.
+    for ex in rig.upstream.seen():
+        ex.finished.set()
+    return found
+
+
+def _id(name: str) -> str:
+    return name.replace(" ", "-")
+
+
+def _report(response: Response) -> str:
+    return f"{response.status} {json.loads(response.finish().data)['status']}"
+
+
+class _Tail(threading.Thread):
+    """Reads a connection as fast as it can and keeps only the end of it."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(daemon=True)
+        self._connection = connection
+        self._tail = b""
+        self.start()
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):
+            while data := self._connection._sock.recv(262_144):
+                self._tail = (self._tail + data)[-20_000:]
+
+    def finish(self) -> bytes:
+        self.join(15)
+        assert not self.is_alive(), "the endless stream was not ended"
+        return self._tail
+
+
+def test_from_the_signal_until_the_listener_closes_the_worker_is_not_ready(scene: Scene) -> None:
+    for name in ("service", "admin", "proxy"):
+        answers = scene.ready[name]
+        assert 503 in answers, (name, answers)
+        if scene.signal == "SIGTERM":
+            first = answers.index(503)
+            assert 200 not in answers[first:], f"{name} was ready again: {answers[first:]}"
+        else:
+            assert answers[-1] == 200, "the new worker is ready"
+    assert "503 draining" in scene.ready["report"]
+
+
+def test_what_is_still_accepted_is_served(scene: Scene) -> None:
+    answers = scene.requests
+    if scene.signal == "SIGHUP":
+        assert set(answers) == {"whole"}, Counter(answers)
+        return
+    refused = [i for i, answer in enumerate(answers) if answer != "whole"]
+    assert len(answers) > len(refused) > 0
+    # None was refused before the listener closed. What was in its queue just then is lost: one request at most.
+    last = refused[0]
+    gone = "refused" if scene.hop == "direct" else "502 "
+    assert all(str(answer).startswith(gone) for answer in answers[last + 1 :]), Counter(answers)
+
+
+def test_a_stream_that_ends_within_the_drain_is_whole(scene: Scene) -> None:
+    body = scene.ends["in time"]
+    assert (body.data.replace(b": keep-alive\n\n", b""), body.ended) == (b"data: 1\n\ndata: 2\n\n", "clean")
+    assert scene.reasons["in time"] == "done"
+
+
+@pytest.mark.parametrize("name", ["at a boundary", "after an id", "held"])
+def test_at_an_event_boundary_the_error_frame_comes_before_the_cut(scene: Scene, name: str) -> None:
+    body = scene.ends[name]
+    assert frame(body.data)["code"] == "drained"
+    assert body.ended == "cut"
+    assert scene.reasons[name] == "drained"
+
+
+def test_inside_an_event_there_is_only_a_cut(scene: Scene) -> None:
+    body = scene.ends["inside an event"]
+    assert (body.data, body.ended) == (b"data: 1\n\ndata: ha", "cut")
+    assert scene.reasons["inside an event"] == "drained"
+
+
+def test_a_body_that_is_no_event_stream_is_only_cut(scene: Scene) -> None:
+    body = scene.ends["JSON"]
+    assert (body.data, body.ended) == (b'{"half": ', "cut")
+    assert scene.reasons["JSON"] == "drained"
+
+
+def test_a_request_that_was_not_answered_yet_gets_a_status(scene: Scene) -> None:
+    response = scene.headers["no answer yet"]
+    assert response.status == 503
+    assert response.header("x-should-retry") == b"false", "it was sent upstream"
+    assert json.loads(scene.ends["no answer yet"].data)["error"]["code"] == "drained"
+    assert scene.reasons["no answer yet"] == "drained"
+
+
+def test_an_http_1_0_client_sees_the_cut_too(scene: Scene) -> None:
+    if scene.hop != "direct":
+        pytest.skip("nginx ends a body by closing, which says nothing")
+    body = scene.ends["HTTP/1.0"]
+    assert frame(body.data)["code"] == "drained"
+    assert (body.ended, body.why) == ("cut", "RST")
+
+
+def test_an_endless_upstream_with_a_fast_reader_is_drained(scene: Scene) -> None:
+    assert not scene.tail.endswith(b"0\r\n\r\n"), "ended as if it were whole"
+    assert scene.reasons["endless"] == "drained"
+
+
+def test_a_client_that_does_not_read_is_drained_and_holds_nothing_up(scene: Scene) -> None:
+    assert scene.reasons[HELD_BACK] == "drained"
+    assert not any(text in scene.log for text in KILLED), scene.log
+
+
+def test_nothing_is_left_open_upstream(scene: Scene) -> None:
+    assert not scene.left
+
+
+def test_each_drained_stream_is_counted_once(scene: Scene) -> None:
+    expected = [name for name, reason in scene.reasons.items() if reason == "drained"]
+    assert scene.log.count('"reason": "drained"') == len(expected)
+    if scene.signal == "SIGHUP":  # after SIGTERM nobody is there to ask
+        assert scene.drained == len(expected)
+
+
+# --- Idle connections -----------------------------------------------------------------------------------------------
+
+
+def test_idle_connections_do_not_hold_a_worker_back_and_a_request_on_its_way_is_served() -> None:
+    """The keep-alive time and the drain are longer than this test may take."""
+    with relay(keepalive="30", drain="30") as rig:
+        path = rig.upstream.serve(pieces)
+        late, *idle = [Connection(port) for port in (rig.port, rig.port, rig.port, rig.relay.admin_port)]
+        for connection in idle[1:]:  # the first never asks for anything
+            assert connection.request("GET", "/health/live").finish().ended == "clean"
+        late.raw(f"POST /v1{path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 2\r\n".encode())
+        turn(rig.relay.workers()[0])
+        rig.relay.send_signal(signal.SIGTERM)
+        eventually(lambda: request(rig.relay.admin_port, "GET", "/health/ready").status == 503, "not ready")
+        late.raw(b"\r\n{}")
+        response = late.read_head()
+        assert whole(response) == "whole"
+        assert response.header("Connection") == b"close"
+        assert rig.relay.wait(15) == 0
+        assert all(connection.closed_by_peer for connection in idle)
+        assert not any(text in rig.relay.log() for text in KILLED)
+
+
+def test_a_worker_that_stops_keeps_idle_connections_for_as_long_as_a_proxy_may_use_them() -> None:
+    """The shipped nginx gives them up after 3 s; until then a request on one of them is served."""
+    with relay(keepalive="30", drain="30") as rig:
+        path = rig.upstream.serve(pieces)
+        (worker,) = rig.relay.workers()
+        connections = [Connection(rig.port) for _ in range(10)]
+        for connection in connections:
+            assert whole(connection.request("POST", "/v1" + path)) == "whole"
+        since = time.monotonic()
+        rig.relay.reload()
+        eventually(lambda: len(rig.relay.workers()) == 2, "the old worker was told to stop")
+        for connection in connections:
+            time.sleep(0.1)  # the worker looks at what is idle so often
+            if time.monotonic() - since > 3:
+                break
+            assert whole(connection.request("POST", "/v1" + path)) == "whole"
+        eventually(lambda: not exists(worker), "the old worker ended", 15)
+        assert all(connection.closed_by_peer for connection in connections)
+
+
+# --- Reload ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hop", ["direct", "nginx"])
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.watchdog(120)
+def test_reloads_lose_no_stream_and_refuse_no_request(hop: str, workers: int) -> None:
+    with relay(hop, workers=str(workers), drain="30") as rig:
+        local = threading.local()
+        path = rig.upstream.serve(pieces)
+
+        def anew(_: int) -> str:
+            return whole(request(rig.port, "POST", "/v1" + path, body=b"{}"))
+
+        def kept(n: int) -> str:
+            if not hasattr(local, "client"):
+                local.client = Client(rig.port)
+            time.sleep(0.02 * (n % 5))
+            return whole(local.client.request("POST", "/v1" + path, body=b"{}"))
+
+        steady = [Steady(anew), Steady(anew), Steady(kept), Steady(kept), Steady(kept)]
+        for _ in range(2):
+            old = rig.relay.workers()
+            by_hand = rig.upstream.by_hand()
+            connections = [rig.ask(by_hand) for _ in range(8)]
+            responses = []
+            for _ in connections:
+                ex = rig.upstream.next(by_hand)
+                ex.head(headers=EVENTS)
+                ex.send(b"data: before\n\n")
+            for connection in connections:
+                response = connection.read_head()
+                response.read_until(b"data: before\n\n")
+                responses.append(response)
+            rig.relay.reload()
+            eventually(lambda old=old: len(rig.relay.workers()) >= len(old) + workers, "new workers")
+            # The new ones have taken over.
+            eventually(lambda: request(rig.port, "GET", "/health/ready").status == 200, "ready")
+            for ex in rig.upstream.seen(by_hand):
+                ex.send(b"data: after\n\n")
+                ex.end()
+            for response in responses:
+                body = response.finish()
+                assert (body.data, body.ended) == (b"data: before\n\ndata: after\n\n", "clean")
+            eventually(lambda old=old: not any(map(exists, old)), "the old workers ended", 20)
+        answers = Counter(answer for thread in steady for answer in thread.stop())
+        assert set(answers) == {"whole"}, answers
+        assert answers["whole"] > 20
+        rig.no_stream_open()
+        assert not any(text in rig.relay.log() for text in KILLED)
+
+
+def test_each_of_two_workers_drains_its_streams() -> None:
+    with relay(workers="2", drain="1", heartbeat="0", hold="0") as rig:
+        path = rig.upstream.serve(silent)
+        workers = rig.relay.workers()
+        before = {worker: files(worker) for worker in workers}
+        streams: list[Response] = []
+
+        def both_have_some() -> bool:
+            connection = rig.ask(path, [("X-Request-ID", f"one-{len(streams)}")])
+            streams.append(connection.read_head())
+            streams[-1].read_until(b"data: 1\n\n")
+            return all(files(worker) >= before[worker] + 2 for worker in workers)
+
+        eventually(both_have_some, "streams in both workers")
+        rig.relay.send_signal(signal.SIGTERM)
+        for response in streams:
+            body = response.finish()
+            assert (frame(body.data)["code"], body.ended) == ("drained", "cut")
+        assert rig.relay.wait(15) == 0
+        lines = [rig.ended(f"one-{n}") for n in range(len(streams))]
+        assert {line["reason"] for line in lines} == {"drained"}
+        assert {line["worker"] for line in lines} == set(workers)
+        assert not any(text in rig.relay.log() for text in KILLED)
+
+
+def files(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+# --- Without a drain ------------------------------------------------------------------------------------------------
+
+
+def test_streams_of_a_killed_worker_are_cut_and_no_longer_counted_as_open() -> None:
+    with relay(heartbeat="0", hold="0") as rig:
+        done, path = rig.upstream.serve(pieces), rig.upstream.serve(silent)
+        for _ in range(3):
+            assert whole(request(rig.port, "POST", "/v1" + done)) == "whole"
+        responses = [rig.ask(path).read_head() for _ in range(5)]
+        for response in responses:
+            response.read_until(b"data: 1\n\n")
+        unanswered = rig.ask(rig.upstream.serve(mute))
+        eventually(lambda: rig.metric("relay_open_streams") == 6, "six open streams")
+        counted = ("relay_requests_total", "relay_streams_ended_total", "relay_relayed_bytes_total")
+        before = {name: rig.metric(name) for name in counted}
+        assert before["relay_requests_total"] == 3
+
+        killed = rig.relay.kill_worker()
+        for response in responses:
+            body = response.finish()
+            assert (body.data, body.ended) == (b"data: 1\n\n", "cut")
+        with pytest.raises(NoResponse):
+            unanswered.read_head()
+        for ex in rig.upstream.seen(path):
+            gone(ex)
+
+        # The listener outlives the worker: what comes meanwhile waits for the next one.
+        assert whole(request(rig.port, "POST", "/v1" + done)) == "whole"
+        assert killed not in rig.relay.workers()
+        rig.no_stream_open()
+        after = {name: rig.metric(name) for name in counted}
+        assert all(after[name] >= before[name] for name in counted), (before, after)
+        assert after["relay_requests_total"] == after["relay_streams_ended_total"] == 4
+
+
+def test_a_drain_of_no_time_ends_streams_at_once() -> None:
+    with relay(drain="0", heartbeat="0", hold="0") as rig:
+        response = rig.ask(rig.upstream.serve(silent)).read_head()
+        response.read_until(b"data: 1\n\n")
+        rig.relay.send_signal(signal.SIGTERM)
+        body = response.finish()
+        assert (frame(body.data)["code"], body.ended) == ("drained", "cut")
+        assert rig.relay.wait(15) == 0
+
+
+@pytest.mark.parametrize("first", [[], [signal.SIGTERM]], ids=["alone", "during a drain"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT])
+def test_sigint_and_sigquit_end_it_without_a_drain_and_without_a_traceback(
+    number: signal.Signals, first: list[signal.Signals]
+) -> None:
+    with relay(drain="50") as rig:
+        path = rig.upstream.serve(silent)
+        response = rig.ask(path).read_head()
+        response.read_until(b"data: 1\n\n")
+        unanswered = rig.ask(rig.upstream.serve(mute), [("X-Request-ID", "unanswered")])
+        for signal_before in first:
+            rig.relay.send_signal(signal_before)
+            eventually(lambda: request(rig.relay.admin_port, "GET", "/health/ready").status == 503, "not ready")
+        rig.relay.send_signal(number)
+        assert rig.relay.wait(15) == 0
+        assert response.finish().ended == "cut"
+        unanswered.close()
+        for ex in rig.upstream.seen(path):
+            gone(ex)

@@ -1,0 +1,585 @@
+"""Random lives of streams, and what must hold whatever happens.
+
+Drives `relay.stream.Stream` itself, several at a time, between real sockets: an upstream that sends, pauses, cuts,
+resets and falls silent, and a client that reads, dawdles, stops and leaves, as a generated plan says. Short clocks and a
+drain end what nobody else ends. Under plain threads here, and again under gevent in a process that is patched for it.
+
+The reference is independent of the relay's code: it is worked out from the bytes that the client got and those that the
+upstream had to send.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import re
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from harness import REPO, eventually
+from harness.upstream import Upstream
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+import relay.stream
+import relay.upstream
+from relay.limits import Admission
+from relay.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from harness.upstream import Exchange
+
+#: The relay's clocks, in seconds: long enough that a busy machine does not set them off by itself too often.
+HEARTBEAT, HOLD, FIRST_BYTE, IDLE, WRITE, QUEUE = 0.05, 0.1, 0.7, 0.6, 0.5, 0.15
+SLOTS = 4
+
+REASONS = {
+    "done", "client_gone", "upstream_cut", "upstream_error", "connect_timeout", "first_byte_timeout", "idle_timeout",
+    "write_timeout", "drained", "full",
+}  # fmt: skip
+COMMENT = b": keep-alive"
+
+
+# --- Plans ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens to one stream."""
+
+    asks: bool  # for events: it is held
+    http10: bool
+    late: float | None  # seconds until the upstream's head; None: it never comes
+    status: int
+    content_type: str
+    framing: str
+    steps: tuple[bytes | int | float, ...]  # what the upstream sends (a number: so long an event), its pauses (seconds)
+    end: str  # of the upstream's answer
+    reads: str  # how the client does
+    leaves: tuple[str, float] | None  # how, and after how many seconds
+
+    @property
+    def pieces(self) -> list[bytes | float]:
+        """The steps with their bytes, which would make a long report."""
+        return [b"data: " + b"x" * step + b"\n\n" if isinstance(step, int) else step for step in self.steps]
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(piece for piece in self.pieces if isinstance(piece, bytes))
+
+    @property
+    def whole(self) -> bool:
+        """Whether the upstream ends its answer so that it can be told to be whole."""
+        return self.end == "end" or (self.framing == "close" and self.end == "abort")
+
+    @property
+    def plain_events(self) -> bool:
+        return self.content_type == "text/event-stream"
+
+
+_TOKENS = st.sampled_from(
+    [
+        *(b"\n", b"\r", b"\r\n", b"\n\n", b"\r\r", b"\r\n\r\n", b"\n\r\n"),
+        *(b"data: x", b"data: [DONE]\n\n", b"id: 7\n", b"id", b"event: error\n", b": c", b"\xef\xbb\xbf", b"\xe2\x82"),
+        *(b"data: 1\n\n",) * 4,
+        *(b"data: 2\r\n\r\n",) * 2,
+    ]
+)
+_SENT = st.one_of(
+    st.lists(_TOKENS, min_size=1, max_size=6).map(b"".join),
+    st.binary(min_size=1, max_size=50).filter(lambda data: b"keep" not in data),  # or a comment could be either's
+    st.just(60_000),
+)
+_PAUSES = st.sampled_from([0.01, 0.03, 0.08, 0.15])
+_PLANS = st.builds(
+    Plan,
+    asks=st.booleans(),
+    http10=st.sampled_from([False, False, False, True]),
+    late=st.sampled_from([0, 0, 0, 0.05, 0.15, None]),
+    status=st.sampled_from([200, 200, 200, 200, 401]),
+    content_type=st.sampled_from(["text/event-stream"] * 4 + ["application/json"]),
+    framing=st.sampled_from(["chunked", "chunked", "length", "close"]),
+    steps=st.lists(st.one_of(_SENT, _SENT, _PAUSES), max_size=7).map(tuple),
+    end=st.sampled_from(["end", "end", "end", "abort", "reset", "garbage", "silence", "endless"]),
+    reads=st.sampled_from(["at once", "at once", "at once", "slowly", "never"]),
+    leaves=st.one_of(
+        st.none(),
+        st.none(),
+        st.tuples(
+            st.sampled_from(["close", "reset", "half_close"]), st.sampled_from([0, 0.02, 0.06, 0.12, 0.3])
+        ),
+    ),
+).filter(lambda plan: (plan.framing, plan.end) != ("length", "endless"))
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Several streams at once, and when the server begins to stop: they have until `drain[1]` then."""
+
+    plans: tuple[Plan, ...]
+    drain: tuple[float, float] | None
+
+
+_SCENARIOS = st.builds(
+    Scenario,
+    plans=st.lists(_PLANS, min_size=1, max_size=6).map(tuple),
+    drain=st.one_of(
+        st.none(), st.none(), st.tuples(st.sampled_from([0.02, 0.1, 0.25]), st.sampled_from([0, 0.05, 0.2]))
+    ),
+)
+
+
+# --- One stream -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Life:
+    """One stream between its sockets, with the threads that play upstream, server and client."""
+
+    plan: Plan
+    name: str
+    received: bytearray = field(default_factory=bytearray)
+    how: str = ""  # how it ended for the client: FIN, RST, or that it left
+    heads: list[tuple[str, list[tuple[str, str]]]] = field(default_factory=list)
+    given: int = 0  # bytes that the stream gave to the server
+    clean: bool | None = None  # whether the server was told to end the body properly
+    records: list[Any] = field(default_factory=list)  # what `ended` was called with
+    closed: int = 0
+    fault: str = ""  # what the relay may never raise
+    sent: list[bytes] = field(default_factory=list)  # by the upstream, handed to its kernel
+    gaps: list[float] = field(default_factory=list)  # the upstream's silences, by the upstream's clock
+    exchanges: list[Exchange] = field(default_factory=list)
+    over: threading.Event = field(default_factory=threading.Event)
+
+    # The upstream's part.
+
+    def handle(self, ex: Exchange) -> None:
+        self.exchanges.append(ex)
+        plan = self.plan
+        since = time.monotonic()
+
+        def spoken() -> None:
+            nonlocal since
+            now = time.monotonic()
+            self.gaps.append(now - since)
+            since = now
+
+        try:
+            if plan.late is None:
+                self._silence(ex)
+                return
+            time.sleep(plan.late)
+            missing = 0 if plan.whole else 7
+            ex.head(plan.status, "", [("Content-Type", plan.content_type)], plan.framing, len(plan.body) + missing)
+            spoken()
+            for piece in plan.pieces:
+                if isinstance(piece, bytes):
+                    self.sent.append(piece)
+                    ex.send(piece)
+                    spoken()
+                else:
+                    time.sleep(piece)
+            self._end(ex)
+        finally:
+            spoken()
+
+    def _end(self, ex: Exchange) -> None:
+        end = self.plan.end
+        if end == "end":
+            ex.end()
+        elif end in ("abort", "reset"):
+            getattr(ex, end)()
+        elif end == "garbage" and self.plan.framing == "chunked":
+            ex.raw(b"no chunk\r\n")
+            self._silence(ex)
+        elif end == "endless":
+            event = b"data: " + b"e" * 20_000 + b"\n\n"
+            until = time.monotonic() + 0.8  # nobody may be there to end it
+            while time.monotonic() < until:
+                self.sent.append(event)
+                ex.send(event)
+                time.sleep(0.001)
+            self._silence(ex)
+        else:
+            self._silence(ex)
+
+    def _silence(self, ex: Exchange) -> None:
+        # Not wait_gone: gevent's poll does not know POLLRDHUP.
+        ex._sock.settimeout(20)
+        with contextlib.suppress(ConnectionResetError):
+            assert not ex._sock.recv(1), "nobody sends more"
+        ex.abort()
+
+    # The server's part: what gunicorn does with a WSGI iterable.
+
+    def serve(self, stream: relay.stream.Stream, connection: socket.socket) -> None:
+        try:
+            for piece in stream:
+                assert len(self.heads) == 1, "a body without a head"
+                self.given += len(piece)
+                connection.sendall(piece)
+            self.clean = True
+        except OSError:  # a cut, or the client's connection broke
+            self.clean = False
+        except BaseException as error:  # noqa: BLE001 - the test shows it
+            self.fault = repr(error)
+        finally:
+            with contextlib.suppress(AttributeError):
+                stream.close()
+                stream.close()
+            connection.close()
+            self.over.set()
+
+    def start_response(self, status: str, headers: list[tuple[str, str]]) -> None:
+        self.heads.append((status, headers))
+
+    # The client's part.
+
+    def read(self, sock: socket.socket) -> None:
+        plan = self.plan
+        until = time.monotonic() + (plan.leaves[1] if plan.leaves else 30)
+        try:
+            while (left := until - time.monotonic()) > 0:
+                if plan.reads == "never" and not self.over.is_set():
+                    self.over.wait(min(left, 0.01))
+                    continue
+                sock.settimeout(left)
+                data = sock.recv(2000 if plan.reads == "slowly" else 262_144)
+                if not data:
+                    self.how = "FIN"
+                    return
+                self.received += data
+                if plan.reads == "slowly" and not self.over.is_set():
+                    time.sleep(0.01)
+        except ConnectionResetError:
+            self.how = "RST"
+        except TimeoutError:
+            pass
+        finally:
+            if not self.how:
+                assert plan.leaves, "the stream never ended"
+                self.how = plan.leaves[0]
+                if self.how == "half_close":
+                    sock.shutdown(socket.SHUT_WR)
+                    self.over.wait(10)
+                elif self.how == "reset":
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.close()
+
+
+class Machine:
+    """An upstream, the relay's side of it, and the admission: what streams share."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        self.upstream = upstream
+        self.settings = Settings.from_mapping(
+            {
+                "RELAY_UPSTREAM_URL": upstream.base_url,
+                "RELAY_HEARTBEAT": HEARTBEAT,
+                "RELAY_HOLD": HOLD,
+                "RELAY_FIRST_BYTE_TIMEOUT": FIRST_BYTE,
+                "RELAY_IDLE_TIMEOUT": IDLE,
+                "RELAY_WRITE_TIMEOUT": WRITE,
+                "RELAY_QUEUE": QUEUE,
+                "RELAY_MAX_STREAMS": SLOTS,
+            }
+        )
+        self.relay = relay.upstream.Upstream(self.settings, upstream.base_url)
+        self.admission = Admission(SLOTS, per_client=100)
+        self.alive: weakref.WeakSet[relay.stream.Stream] = weakref.WeakSet()
+        self.counted: dict[str, int] = {}
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        # Small buffers, which the accepted sockets inherit: a client that does not read is felt at once.
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+
+    def close(self) -> None:
+        self._listener.close()
+        self.relay.close()
+
+    def play(self, scenario: Scenario) -> list[Life]:
+        """Play it to the end of every stream."""
+        drain = relay.stream.drain
+        lives = [Life(plan, f"life-{n}") for n, plan in enumerate(scenario.plans)]
+        threads = [thread for life in lives for thread in self._begin(life)]
+        try:
+            if scenario.drain is not None:
+                after, given = scenario.drain
+                time.sleep(after)
+                drain.begin(time.monotonic() + given)
+                until = drain.at + 0.3  # what gunicorn's worker does: a last word, then writes are broken off
+                while any(not life.over.is_set() for life in lives):
+                    if time.monotonic() > until:
+                        drain.break_writes()
+                    time.sleep(0.02)
+            for thread in threads:
+                thread.join(20)
+            assert not any(thread.is_alive() for thread in threads), "a stream never ended"
+        finally:
+            drain.at = float("inf")
+        return lives
+
+    def _begin(self, life: Life) -> list[threading.Thread]:
+        plan = life.plan
+        path = self.upstream.serve(life.handle)
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(self._listener.getsockname())
+        connection, _ = self._listener.accept()
+        record = relay.stream.Record(
+            request_id=life.name,
+            method="POST",
+            route="test",
+            client="someone",
+            mount="machine",
+            asks_for_events=plan.asks,
+        )
+        stream = relay.stream.Stream(
+            self.relay.exchange("POST", path, None, [], b"{}"),
+            record,
+            self.settings,
+            life.start_response,
+            client=connection,
+            http10=plan.http10,
+            present=lambda headers: headers,
+            admission=self.admission,
+            ended=life.records.append,
+            closed=lambda: setattr(life, "closed", life.closed + 1),
+        )
+        self.alive.add(stream)
+        threads = [
+            threading.Thread(target=life.serve, args=(stream, connection), daemon=True),
+            threading.Thread(target=life.read, args=(client,), daemon=True),
+        ]
+        for thread in threads:
+            thread.start()
+        return threads
+
+
+# --- What must hold -------------------------------------------------------------------------------------------------
+
+
+def stands_at_boundary(body: bytes) -> bool:
+    """Whether a comment or a frame may follow: at the start, after a byte order mark, or after a blank line."""
+    mark = b"\xef\xbb\xbf"
+    if body and mark.startswith(body) and body != mark:
+        return False
+    body = body.removeprefix(mark)
+    lines = re.split(rb"\r\n|\n|\r", body)
+    return not body or lines[-2:] == [b"", b""]
+
+
+def comment_after(body: bytes) -> bytes:
+    """The comment that may follow here, by the contract: no blank line once there was an `id` field."""
+    lines = re.split(rb"\r\n|\n|\r", body.removeprefix(b"\xef\xbb\xbf"))
+    if not any(line == b"id" or line.startswith(b"id:") for line in lines):
+        return COMMENT + b"\n\n"
+    return COMMENT + (b"\r" if body.endswith(b"\r") else b"\n")
+
+
+def take_out_comments(received: bytes, body: bytes) -> tuple[int, int]:
+    """How much of `body` is in `received`, and how many comments; each stands where one may, and nothing else does."""
+    at = taken = comments = 0
+    while at < len(received):
+        found = received.find(COMMENT, at)
+        piece = received[at : found if found >= 0 else len(received)]
+        assert body[taken : taken + len(piece)] == piece, f"not the upstream's bytes at {taken}: {piece[:100]!r}"
+        taken += len(piece)
+        at += len(piece)
+        if found >= 0:
+            assert stands_at_boundary(body[:taken]), f"a comment inside an event: {body[max(taken - 50, 0) : taken]!r}"
+            comment = comment_after(body[:taken])
+            whole = received[at : at + len(comment)]
+            assert whole == comment or comment.startswith(whole) and at + len(whole) == len(received), received[at:]
+            at += len(comment)
+            comments += 1
+    return taken, comments
+
+
+def check(life: Life, scenario: Scenario) -> str:
+    """Hold one life against the contract. Gives its end reason."""
+    plan = life.plan
+    assert not life.fault
+    assert len(life.records) == 1, "one end, one reason"
+    (record,) = life.records
+    reason = str(record.reason)
+    assert reason in REASONS
+    assert life.closed >= 1
+    assert len(life.heads) <= 1
+    assert bool(life.heads) == bool(record.status)
+    if life.heads:
+        assert life.heads[0][0].startswith(f"{record.status} ")
+
+    received, stayed = bytes(life.received), life.how in ("FIN", "RST")
+    body = b"".join(life.sent)  # whether it was delivered or not
+    events = plan.plain_events
+    error: dict[str, str] = {}
+
+    # The relay's own words: a body with a status of its own, or a frame at the end.
+    own = not received or received.startswith(b'{"error"')
+    if own and record.status >= 500:
+        assert stayed is False or json.loads(received)["error"]["code"]
+        lengths = [value for name, value in life.heads[0][1] if name == "Content-Length"]
+        assert [int(value) for value in lengths] == [life.given]
+        assert record.bytes == 0
+        if stayed:
+            assert life.clean
+            error = json.loads(received)["error"]
+    else:
+        held = plan.asks and record.heartbeats and not record.first_byte
+        if frame := re.search(rb"event: error\ndata: (\{[^\n]*\})\n\n\Z", received):
+            with contextlib.suppress(ValueError):
+                told = json.loads(frame[1]).get("error", {})
+                if told.get("request_id") == life.name:
+                    error = told
+                    received = received[: frame.start()]
+        taken, comments = take_out_comments(received, body)
+        if error:
+            assert events or held or reason == "upstream_error", "a frame in something else than events"
+            assert stands_at_boundary(body[:taken]), "a frame inside an event"
+            assert not life.clean, "a clean end after an error frame"
+        if comments:
+            assert events or plan.asks
+        if stayed and reason not in ("client_gone", "write_timeout") and life.how == "FIN":
+            assert record.heartbeats == comments
+            assert record.bytes == taken
+            assert life.given == len(life.received)
+            if record.status == 200 and not life.clean and record.status and (events or held):
+                # Whoever waits for more is told why there is none, wherever that fits.
+                assert bool(error) == stands_at_boundary(body[:taken]), (reason, body[:taken][-50:])
+        if life.clean:
+            assert reason == "done"
+            assert plan.whole
+            if stayed:
+                assert taken == len(plan.body), "a clean end of a body that is not whole"
+        assert not (plan.http10 and stayed and not life.clean) or life.how == "RST" or plan.reads == "never", (
+            "only a reset tells an HTTP/1.0 client of a cut"
+        )
+
+    if error and reason != "full":
+        assert error["code"] in (reason, "upstream_error")
+
+    # Reasons have causes.
+    longest = max(life.gaps, default=0.0)
+    if reason == "client_gone":
+        assert plan.leaves, "nobody has left"
+    elif reason == "upstream_cut":
+        assert plan.end in ("abort", "reset", "garbage")
+    elif reason == "idle_timeout":
+        assert longest > IDLE * 0.9
+    elif reason == "first_byte_timeout":
+        assert record.first_byte is None
+        assert plan.late is None or longest > FIRST_BYTE * 0.9
+    elif reason == "write_timeout":
+        assert plan.reads != "at once"
+    elif reason == "drained":
+        assert scenario.drain is not None
+    elif reason == "full":
+        assert len(scenario.plans) > SLOTS
+        assert not record.admitted
+        assert not life.exchanges
+    elif reason == "upstream_error":
+        assert (plan.asks and (not events or plan.status != 200)) or plan.framing == "none"
+    elif reason == "connect_timeout":
+        raise AssertionError("the upstream always accepts")
+
+    # The upstream's connection is closed, unless the answer was read to its end: then it may be used again.
+    for ex in life.exchanges:
+        if record.bytes < len(plan.body) or not plan.whole:
+            eventually(lambda ex=ex: ex._sock.fileno() < 0, f"{ex!r} gone after {reason}")
+    return reason
+
+
+@contextlib.contextmanager
+def _machine() -> Iterator[Machine]:
+    files = len(list(Path("/proc/self/fd").iterdir()))
+    with Upstream() as upstream:
+        machine = Machine(upstream)
+        # Streams are freed when they end and not when the collector comes round.
+        gc.collect()
+        gc.disable()
+        try:
+            yield machine
+        finally:
+            gc.enable()
+            machine.close()
+    eventually(lambda: len(list(Path("/proc/self/fd").iterdir())) <= files, "file descriptors back where they were")
+
+
+def _run(machine: Machine, scenario: Scenario) -> None:
+    lives = machine.play(scenario)
+    for life in lives:
+        reason = check(life, scenario)
+        machine.counted[reason] = machine.counted.get(reason, 0) + 1
+    eventually(lambda: machine.admission.open == 0, "no slot taken")
+    assert machine.admission.open == 0
+    assert not machine.admission._queue
+    assert not machine.admission._of_client
+    assert not relay.stream.drain.open
+    for life in lives:
+        for ex in life.exchanges:
+            machine.upstream.forget(ex.path)
+    # Nor is their memory: by reference counts, since in the service the collector comes round rarely. Only a framing
+    # that broke keeps its error for a while, and with it the frames that it came through.
+    if any(life.plan.end == "garbage" for life in lives):
+        gc.collect()
+    lives.clear()
+    eventually(lambda: not machine.alive, "streams freed without the garbage collector")
+
+
+def examine(examples: int) -> dict[str, int]:
+    """Search for a scenario that breaks something. Gives how often streams ended for which reason."""
+    with _machine() as machine:
+
+        @settings(
+            max_examples=examples,
+            deadline=None,  # the watchdog's business
+            database=None,
+            phases=[Phase.generate],  # real time: a second run of the same plan is another life
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+        )
+        @given(_SCENARIOS)
+        def lives(scenario: Scenario) -> None:
+            _run(machine, scenario)
+
+        lives()
+        return machine.counted
+
+
+_IN_GEVENT = """
+from gevent import monkey
+monkey.patch_all()
+import json, sys
+sys.path[:0] = sys.argv[2:]
+from relay import waiting
+assert waiting.cooperative()
+import test_stream_machine
+print(json.dumps(test_stream_machine.examine(int(sys.argv[1]))))
+"""
+
+
+@pytest.mark.watchdog(120)
+def test_whatever_happens_to_streams_the_contract_holds() -> None:
+    """Under threads in this process, under gevent in another at the same time."""
+    command = [sys.executable, "-c", _IN_GEVENT, "25", str(REPO), str(Path(__file__).parent)]
+    env = os.environ | {"PYTHONFAULTHANDLER": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, text=True) as other:
+        try:
+            print("threads:", examine(25))
+            said, _ = other.communicate(timeout=90)
+        finally:
+            other.kill()
+    print("gevent:", said[-5000:])
+    assert other.returncode == 0, said
