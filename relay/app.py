@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
 
-from relay import blueprint, environment, errors, log, stream
+from relay import blueprint, environment, errors, log
 from relay.blueprint import Relay
 from relay.metrics import CONTENT_TYPE, metrics
 from relay.settings import Settings
+
+if TYPE_CHECKING:
+    from relay.mount import Mount
 
 
 def create_app(config: Mapping[str, object] | None = None) -> Flask:
@@ -22,7 +25,6 @@ def create_app(config: Mapping[str, object] | None = None) -> Flask:
     settings = Settings.from_mapping(environment.environment() if config is None else config, service=True)
     app = Flask("relay", static_folder=None)
     log.to_standard_output()
-    stream.drain.seconds = settings.drain
     mount = Relay().init_service(app, settings)
     for name, view in (
         ("health", blueprint.health),
@@ -39,7 +41,7 @@ def create_app(config: Mapping[str, object] | None = None) -> Flask:
     return app
 
 
-def _bound(view: Any, mount: blueprint.Mount) -> Any:
+def _bound(view: Any, mount: Mount) -> Any:
     return lambda: view(mount)
 
 

@@ -11,25 +11,20 @@ from typing import TYPE_CHECKING, Any
 from flask import Blueprint, Flask, Response, current_app, request
 from werkzeug.routing import BaseConverter
 
-from relay import access, errors, log, waiting
-from relay.headers import SANDBOX, RequestHeaders, check_field, sane_request_id
-from relay.health import Health
+from relay import access, errors, log
+from relay.drain import drain
+from relay.headers import SANDBOX, sane_request_id
 from relay.incoming import asks_for_events, raw_target, read_body
-from relay.limits import Admission, streams_that_files_allow
 from relay.metrics import metrics
+from relay.mount import HeadersHook, Mount
 from relay.paths import METHODS, allows, bad_target
+from relay.record import Record
 from relay.settings import Settings
-from relay.stream import Headers, Record, Stream, drain
-from relay.upstream import Upstream
+from relay.stream import Headers, Stream
 from relay.version import __version__
-
-_DEFAULT_STREAMS = 900
-_DEFAULT_STREAMS_IN_THREADS = 8
 
 if TYPE_CHECKING:
     from flask.blueprints import BlueprintSetupState
-
-HeadersHook = Callable[[], Mapping[str, str]]
 
 
 class _Rest(BaseConverter):
@@ -38,42 +33,6 @@ class _Rest(BaseConverter):
     regex = "(?s:.*?)"
     part_isolating = False
     weight = 200
-
-
-class Mount:
-    """What one relay holds in one app. Opens and starts nothing before the first request."""
-
-    def __init__(self, name: str, settings: Settings, *, service: bool, request_headers: HeadersHook | None) -> None:
-        self.name = name
-        self.settings = settings
-        self.service = service
-        self.request_headers = request_headers
-        self.admission = Admission(_streams(settings), settings.max_streams_per_client)
-        self.health = Health(name, settings, self.upstream)
-        self.started = time.monotonic()
-        self.headers = RequestHeaders(
-            drop=settings.drop_headers,
-            own_credentials=settings.adds_key or bool(settings.client_keys),
-            transparent=settings.transparent,
-        )
-        self._upstream: Upstream | None = None
-
-    def upstream(self) -> Upstream:
-        if self._upstream is None:
-            url = self.settings.upstream_url
-            if url is None:
-                from relay import demo
-
-                url = demo.start()
-            self._upstream = Upstream(self.settings, url)
-        return self._upstream
-
-
-def _streams(settings: Settings) -> int:
-    wanted = settings.max_streams
-    if wanted is None:
-        wanted = _DEFAULT_STREAMS if waiting.cooperative() else _DEFAULT_STREAMS_IN_THREADS
-    return min(wanted, streams_that_files_allow())
 
 
 class Relay:
@@ -107,13 +66,18 @@ class Relay:
 
     def init_app(self, app: Flask, *, url_prefix: str | None = None) -> None:
         """Register the blueprint. Nothing is opened or started: other programs import the app too."""
-        settings = Settings.from_mapping(app.config if self._settings is None else self._settings)
-        prefix = url_prefix or self.url_prefix or settings.mount
-        self._mount(app, Mount(self.name, settings, service=False, request_headers=self._request_headers), prefix)
+        given = app.config if self._settings is None else self._settings
+        settings = Settings.from_mapping(given)
+        mount = Mount(
+            self.name,
+            settings,
+            request_headers=self._request_headers,
+        )
+        self._mount(app, mount, url_prefix or self.url_prefix or settings.mount)
 
     def init_service(self, app: Flask, settings: Settings) -> Mount:
         """Register the blueprint as the service's own, at its mount."""
-        mount = Mount(self.name, settings, service=True, request_headers=None)
+        mount = Mount(self.name, settings, service=True)
         self._mount(app, mount, settings.mount)
         return mount
 
@@ -186,6 +150,7 @@ def relay_request(mount: Mount, rest: str) -> Response:
     if mount.service:
         access.check_host(environ, settings)
         access.check_peer(address, settings)
+    client = mount.keys.check(environ) or address
     path, query = raw_target(environ, rest)
     if method not in METHODS:
         raise errors.MethodNotAllowed(f"the relay does not pass on {method}")
@@ -203,16 +168,14 @@ def relay_request(mount: Mount, rest: str) -> Response:
         method=method,
         route=f"{mount.name}.relay",
         client=address,
+        owner=client,
         mount=mount.name,
         asks_for_events=asks_for_events(asked, path, body),
     )
-    overrides = {"X-Request-ID": request_id}
-    if mount.request_headers is not None:
-        for name, value in mount.request_headers().items():
-            check_field(name, value)
-            overrides[name] = value
+    overrides = mount.call_hook()
+    overrides["X-Request-ID"] = request_id
     slash = "/" if path or environ["PATH_INFO"].endswith("/") else ""  # `/v1/` is not `/v1`
-    exchange = mount.upstream().exchange(method, slash + path, query, mount.headers.select(environ), body, overrides)
+    exchange = mount.upstream.exchange(method, slash + path, query, mount.headers.select(environ), body, overrides)
 
     def begin(response: Response, start_response: Callable[..., Any]) -> Iterable[bytes]:
         return Stream(

@@ -21,7 +21,7 @@ _OF_THE_CONNECTION = _HOP_BY_HOP | {"host", "content-length", "expect"}
 # names it is a client's `Content_Type`, which some servers take for the same.
 _REWRITTEN = frozenset("host content-length content-type accept-encoding expect x-request-id".split())
 _OF_THE_BROWSER = frozenset("cookie origin".split())
-_CREDENTIALS = frozenset("authorization x-api-key api-key".split())
+CREDENTIALS = frozenset("authorization x-api-key api-key".split())
 # To some servers the path or method is what these say (IIS, Symfony; Rails, Express): a key that the relay adds would
 # open others than those it was meant for.
 _OTHER_TARGETS = frozenset(
@@ -77,7 +77,7 @@ class RequestHeaders:
         self._content_type = "content-type" not in further
         self._drop = further | _HOP_BY_HOP | _REWRITTEN | _OF_PROXIES
         if own_credentials:
-            self._drop |= _CREDENTIALS | _OTHER_TARGETS
+            self._drop |= CREDENTIALS | _OTHER_TARGETS
         if not transparent:
             self._drop |= _OF_THE_BROWSER
         self._names: dict[str, str | None] = {}

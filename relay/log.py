@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from relay.errors import RelayError
-    from relay.stream import Record
+    from relay.record import Record
 
 logger = logging.getLogger("relay")
 

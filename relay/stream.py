@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from relay import errors, sse, waiting
+from relay.drain import drain
 from relay.headers import SANDBOX, UNBUFFERED, response_headers
 from relay.metrics import metrics
 from relay.waiting import GONE, READY
@@ -22,67 +22,16 @@ if TYPE_CHECKING:
     from relay.exchange import Exchange
     from relay.http1 import Head
     from relay.limits import Admission, Lease
+    from relay.record import Record
     from relay.settings import Settings
 
 Headers = list[tuple[str, str]]
 monotonic = time.monotonic
 _NEVER = float("inf")
-#: Seconds between two looks at a write that may be stuck.
-_LONGEST_LOOK = 15.0
 
 
 class ClientGone(Exception):
     """The client has left: there is nobody to tell."""
-
-
-@dataclass(slots=True, eq=False)
-class Record:
-    """What is known of one relayed request; complete once it has ended. For the log, the metrics and `on_end`."""
-
-    request_id: str
-    method: str
-    route: str
-    client: str
-    mount: str
-    asks_for_events: bool = False
-    admitted: bool = False  # it got a lease: from then on it is a stream, and its end has one of the known reasons
-    status: int = 0
-    reason: str = ""
-    upstream_request_id: str = ""
-    first_byte: float | None = None  # seconds from the request to the upstream's head
-    seconds: float = 0.0
-    bytes: int = 0
-    events: int = 0
-    heartbeats: int = 0
-    longest_gap: float = 0.0  # seconds between two arrivals
-
-
-class Drain:
-    """When the streams of this process must end. A server that stops sets it off; nothing else does."""
-
-    def __init__(self) -> None:
-        self.seconds = 25.0  # how long open streams may go on once it has begun (RELAY_DRAIN)
-        self.at = _NEVER  # when they end, monotonic; infinite while nobody has told the server to stop
-        self.open: set[Stream] = set()
-
-    @property
-    def draining(self) -> bool:
-        return self.at != _NEVER
-
-    def begin(self, at: float) -> None:
-        """Let open streams, and those still to come, go on until `at` (monotonic seconds)."""
-        self.at = at
-        for stream in list(self.open):
-            stream.wake()
-
-    def break_writes(self) -> None:
-        """Reset the clients that have not taken their streams' end. For use after `at`."""
-        for stream in list(self.open):
-            stream.break_write()
-
-
-#: A process drains as a whole.
-drain = Drain()
 
 
 class Stream:
@@ -115,10 +64,10 @@ class Stream:
         self._lease: Lease | None = None
         self._ended = ended
         self._closed = closed
-        self._waiter = waiting.waiter(client, self._check_write)
         self._task: waiting.Task | None = None
         self._tracker: sse.Tracker | None = None  # only for a body that something may be added to
-        self._step: Callable[[], bytes] = self._enter
+        # A function and not a bound method, which would tie the stream to itself until a collection.
+        self._step: Callable[[Stream], bytes] = Stream._enter
         self._over = False
         self._began = self._started = now = monotonic()
         # Clocks, all in monotonic seconds.
@@ -132,9 +81,8 @@ class Stream:
         self._quiet_since = now  # since when the upstream is waited for
         self._beat_since = now  # the last heartbeat, or whatever else the client was sent
         self._beating = False  # a heartbeat was the last thing
-        self._write_seen = 0.0  # the write that was looked at last, by the time it began
-        self._progress_at = 0.0
-        self._unsent = 0
+        self._writes = client_socket.Writes(client, settings.write_timeout)
+        self._waiter = waiting.waiter(client, self._check_write)
         self._broken = "client_gone"  # the end reason if the server gives up writing
         self._pending: errors.RelayError | None = None
         drain.open.add(self)
@@ -151,7 +99,7 @@ class Stream:
     def __next__(self) -> bytes:
         self._resumed = monotonic()
         try:
-            data = self._step()
+            data = self._step(self)
         except errors.RelayError as error:
             data = self._fail(error)
         except ClientGone:
@@ -164,7 +112,7 @@ class Stream:
 
     def _enter(self) -> bytes:
         """Get a lease, in the queue if there is none and waiting is wanted."""
-        lease = self._lease = self._admission.request(self.record.client, self._waiter.wake)
+        lease = self._lease = self._admission.request(self.record.owner, self._waiter.wake)
         give_up = self._started + self._settings.queue
         while not lease.granted:
             if monotonic() >= min(give_up, drain.at):
@@ -175,7 +123,7 @@ class Stream:
         metrics().opened(self.record.mount)
         self._started = monotonic()  # the clocks are the upstream's
         self._hold_at = self._held_until(self._started)
-        self._step = self._open
+        self._step = Stream._open
         return self._open()
 
     def _open(self) -> bytes:
@@ -264,13 +212,13 @@ class Stream:
             self._start(head.status, head.reason, headers)
         self._beat_since = now
         self._deadline = now  # the first wait looks at all clocks
-        self._step = self._relay
+        self._step = Stream._relay
         # What came along with the head goes out with it; an empty piece makes the server send the head alone.
         try:
             data = b"" if exchange.empty else exchange.read()
         except errors.RelayError as error:
             self._pending = error
-            self._step = self._raise_pending
+            self._step = Stream._raise_pending
             return b""
         return self._observe(data) if data else b""
 
@@ -369,11 +317,11 @@ class Stream:
         self._end(error.reason or error.code)
         body = error.json(record.request_id).encode()
         if not begun:
-            self._step = self._stop
+            self._step = Stream._stop
             headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), *error.headers()]
             self._start(error.status, _REASONS.get(error.status, "Error"), headers + SANDBOX)
             return body
-        self._step = self._cut
+        self._step = Stream._cut
         if tracker is not None and tracker.at_boundary:
             return sse.error_frame(error.json(record.request_id))
         return self._cut()
@@ -432,25 +380,11 @@ class Stream:
             client_socket.break_off(self._client)
 
     def _check_write(self) -> float:
-        """Look after a write that may be stuck: the server waits in it, and only a reset frees it.
-
-        Progress is what the client's kernel has acknowledged; a slow reader makes some. Returns the seconds until it
-        wants to look again.
-        """
-        limit = self._settings.write_timeout or _NEVER
-        since = self._gave
-        if since >= self._resumed and self._client is not None:
-            now = monotonic()
-            unsent = client_socket.unsent(self._client)
-            if since != self._write_seen:
-                self._write_seen = self._progress_at = since
-            elif unsent is not None and unsent < self._unsent:
-                self._progress_at = now
-            self._unsent = unsent or 0
-            if now - self._progress_at >= limit:
-                self._broken = "write_timeout"
-                client_socket.break_off(self._client)
-        return min(limit / 4, _LONGEST_LOOK)
+        """Free the server from a write that is stuck. Gives the seconds until it wants to look again."""
+        if self._gave >= self._resumed and self._writes.stuck(self._gave):
+            self._broken = "write_timeout"
+            client_socket.break_off(self._client)
+        return self._writes.every
 
 
 _REASONS = {502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout"}

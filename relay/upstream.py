@@ -26,7 +26,7 @@ from urllib3.util.wait import wait_for_read
 
 from relay import errors, names
 from relay.exchange import READ_SIZE, Aborted, Exchange, NotConnected
-from relay.headers import check_field
+from relay.headers import CREDENTIALS, check_field
 from relay.paths import join
 
 if TYPE_CHECKING:
@@ -99,6 +99,8 @@ class Upstream:
             for name, value in overrides.items():
                 check_field(name, value)
             names = {name.lower() for name in overrides}
+            if not names.isdisjoint(CREDENTIALS):
+                names |= CREDENTIALS  # a key of the shop's takes the place of whatever the client brought
             added = {name: value for name, value in added.items() if name.lower() not in names} | dict(overrides)
             replaced = replaced | names
         lines = [f"{method} {target} HTTP/1.1", f"Host: {self.host}", "Accept-Encoding: identity"]
@@ -117,7 +119,12 @@ class Upstream:
         """
         if self._adapter is None:
             # Two threads may race here at the first request: the loser's adapter has opened nothing.
-            self._adapter = _Adapter(self._pool_size, self._ca, tls=self.tls)
+            try:
+                self._adapter = _Adapter(self._pool_size, self._ca, tls=self.tls)
+            except OSError:
+                raise errors.UpstreamUnreachable(
+                    "the certificates in RELAY_UPSTREAM_CA cannot be loaded; it must be a PEM file"
+                ) from None
         request = requests.PreparedRequest()
         request.method, request.url, request.headers = exchange.method, self.url, _NO_HEADERS
         # The body is opaque to requests and urllib3: our connection class finds the exchange in it.

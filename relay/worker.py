@@ -21,7 +21,8 @@ from gunicorn.http import errors as http_errors
 from gunicorn.http import message as http_message
 from gunicorn.workers.ggevent import GeventWorker
 
-from relay import errors, stream
+from relay import errors
+from relay.drain import drain
 from relay.waiting.client import gone
 
 #: Seconds between two looks at idle connections while the worker drains.
@@ -92,7 +93,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
         self._idle.pop(sock, None)
         super().handle_request(listener_name, req, sock, addr)
         now = time.monotonic()
-        if now >= stream.drain.at:
+        if now >= drain.at:
             # A head that went out before the drain had no `Connection: close`; what came next here would be too late.
             raise StopIteration
         self._idle[sock] = now
@@ -120,14 +121,12 @@ class Worker(GeventWorker):  # type: ignore[misc]
     def handle_exit(self, sig: int, frame: Any) -> None:
         """SIGTERM, from the master: it stops or reloads. This runs in a signal handler, so it only sets things off."""
         super().handle_exit(sig, frame)
-        drain = stream.drain
         if not drain.draining:
             drain.at = time.monotonic() + drain.seconds
             gevent.spawn(self._drain)
 
     def _drain(self) -> None:
         """Let streams go on until the drain's end, then end them; meanwhile close what is idle."""
-        drain = stream.drain
         drain.begin(drain.at)
         while True:
             now = time.monotonic()

@@ -355,12 +355,11 @@ def test_what_is_said_not_to_be_there_yet_is_not_there_yet(demo: Gunicorn) -> No
     """Whoever builds it must say so in the README, and here."""
     tool = _script(REPO / "tools/settings-table")
     marked = {name.removeprefix("RELAY_") for name, note in tool.NOTES.items() if "in effect yet" in note}
-    assert marked == {"CHAT_MODEL", "CLIENT_KEYS", "CORS_ORIGINS", "LIMITS_URL", "MODELS", "RATE_LIMIT"}
+    assert marked == {"CHAT_MODEL", "CORS_ORIGINS", "LIMITS_URL", "MODELS", "RATE_LIMIT"}
     with Upstream() as upstream:
         path = upstream.serve(lambda ex: ex.reply(b"{}"))
         env = {
             "RELAY_UPSTREAM_URL": upstream.base_url,
-            "RELAY_CLIENT_KEYS": "a-key",
             "RELAY_MODELS": "only-this-one",
             "RELAY_RATE_LIMIT": "1/day",
             "RELAY_CORS_ORIGINS": "https://shop.example",

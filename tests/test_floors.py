@@ -15,17 +15,17 @@ PACKAGE = Path(relay.__file__).parent
 
 # DESIGN.md, "The house". A new module gets its floor here: the lowest on which it can stand.
 FLOORS = {
-    0: ["sse", "headers", "errors", "paths", "http1", "version"],
-    1: ["settings", "waiting", "limits", "environment", "cpus", "metrics", "names"],
+    0: ["sse", "headers", "errors", "paths", "http1", "record", "version"],
+    1: ["settings", "waiting", "limits", "environment", "cpus", "metrics", "names", "drain", "keys"],
     2: ["upstream", "exchange", "stream", "incoming", "access", "log"],
-    3: ["health", "blueprint"],
+    3: ["health", "mount", "blueprint"],
     4: ["app", "demo", "cli", "gunicorn_conf", "worker", "__main__"],
 }
 FLOOR = {f"relay.{name}": floor for floor, names in FLOORS.items() for name in names}
 
 # Imports that point up or back, each with its reason. None may run when its module is imported.
 LATE = {
-    ("relay.blueprint", "relay.demo"): "the embedded upstream is started by the first request that needs it",
+    ("relay.mount", "relay.demo"): "the embedded upstream is started by the first request that needs it",
     ("relay.waiting", "relay.waiting.hub"): "which kind of waiter fits is known when the first stream begins",
     ("relay.waiting", "relay.waiting.threads"): "as above",
 }

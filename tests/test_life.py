@@ -152,22 +152,15 @@ def test_500_clients_that_leave_before_the_upstream_has_answered_leave_nothing_b
     (worker,) = quiet.relay.workers()
     path = quiet.upstream.serve(mute)
     before = len(list(Path(f"/proc/{worker}/fd").iterdir()))
-    for _ in range(2):
+    for half in (1, 2):
         connections = [quiet.ask(path) for _ in range(250)]
-        quiet.upstream.wait_open(250 + _idle(quiet))
+        quiet.upstream.wait_for(250 * half, path)
         for connection in connections:
             connection.reset()
         quiet.no_stream_open()
     eventually(
         lambda: len(list(Path(f"/proc/{worker}/fd").iterdir())) <= before + 2, "file descriptors back where they were"
     )
-
-
-def _idle(rig: Rig) -> int:
-    """Upstream connections that are open because the relay keeps them for the next request."""
-    open_now = rig.upstream.open
-    live = sum(1 for ex in rig.upstream.seen() if not ex.finished.is_set() and not ex.gone)
-    return max(open_now - live, 0)
 
 
 # --- Heartbeats -----------------------------------------------------------------------------------------------------

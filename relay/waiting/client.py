@@ -7,6 +7,7 @@ import socket
 import ssl
 import struct
 import termios
+import time
 from typing import Any
 
 
@@ -49,3 +50,37 @@ def break_off(client: Any) -> None:
         client.shutdown(socket.SHUT_RDWR)
     except OSError:
         pass
+
+
+#: Seconds between two looks at a write that may be stuck, at most.
+_LONGEST_LOOK = 15.0
+
+
+class Writes:
+    """Whether a client takes what is written to it. Progress is what its kernel acknowledges: a slow reader makes some
+    long before its socket can be written to again, with the megabytes that may be waiting for it."""
+
+    __slots__ = ("_began", "_client", "_limit", "_progress", "_unsent", "every")
+
+    def __init__(self, client: Any, limit: float) -> None:
+        """`limit`: seconds without progress after which a write is stuck; 0: none ever is."""
+        self._client = client
+        self._limit = limit or float("inf")
+        #: Seconds between two looks.
+        self.every = min(self._limit / 4, _LONGEST_LOOK)
+        self._began = -1.0  # the write that was looked at last, by the time it began
+        self._progress = 0.0  # the last time it was seen to make some
+        self._unsent = 0
+
+    def stuck(self, began: float) -> bool:
+        """Whether the write that began then (monotonic seconds), and goes on, has made no progress for too long."""
+        if self._client is None:
+            return False
+        now = time.monotonic()
+        left = unsent(self._client)
+        if began != self._began:
+            self._began = self._progress = began
+        elif left is not None and left < self._unsent:
+            self._progress = now
+        self._unsent = left or 0
+        return now - self._progress >= self._limit

@@ -19,18 +19,29 @@ if TYPE_CHECKING:
 
 _READ = 1  # libev's EV_READ
 _NEVER = float("inf")
-#: A stream without any clock of its own still looks after its writes so often.
-_LONGEST_TICK = 15.0
 
 
 class HubWaiter:
     """A Waiter for servers on gevent."""
 
-    __slots__ = ("_client", "_gone", "_hub", "_read", "_reading", "_tick", "_timer", "_timer_at", "_waiting", "_woken")
+    __slots__ = (
+        "_client",
+        "_every",
+        "_gone",
+        "_hub",
+        "_read",
+        "_reading",
+        "_tick",
+        "_timer",
+        "_timer_at",
+        "_waiting",
+        "_woken",
+    )
 
     def __init__(self, client: Any, tick: Callable[[], float]) -> None:
         self._hub = get_hub()
         self._tick = tick
+        self._every = tick()  # seconds
         self._waiting: Any = None  # the greenlet that waits in `wait`
         self._read: Any = None
         self._reading = False
@@ -72,7 +83,7 @@ class HubWaiter:
         # The timer stays armed across events, since deadlines mostly move away; when it goes off too early, the
         # stream looks at its clocks and waits on.
         if deadline < self._timer_at:
-            self._arm(deadline if deadline != _NEVER else time.monotonic() + _LONGEST_TICK)
+            self._arm(min(deadline, time.monotonic() + self._every))
         # The read watcher stays on across events, too; it is turned off only if it speaks while nobody listens.
         if not self._reading and self._read is not None:
             self._reading = True
@@ -94,6 +105,7 @@ class HubWaiter:
                 watcher.stop()
                 watcher.close()
         self._client = self._read = self._timer = None
+        self._tick = _done
         self._timer_at = -_NEVER
 
     def _arm(self, at: float) -> None:
@@ -137,6 +149,11 @@ class HubWaiter:
             self._gone = True
             if self._waiting is not None:
                 self._waiting.switch(GONE)
+
+
+def _done() -> float:
+    """In place of the stream's tick, which would tie the two together."""
+    return _NEVER
 
 
 class _GreenletTask(Task):

@@ -85,10 +85,16 @@ class ThreadWaiter:
     def close(self) -> None:
         _watchdog.discard(self)
         self._poll = self._client = None
+        self._tick = _done
 
     def look(self) -> float:
         """Called by the watchdog; gives the seconds until it wants to be called again."""
         return _LONG_TICK if self._waiting else self._tick()
+
+
+def _done() -> float:
+    """In place of the stream's tick, which would tie the two together."""
+    return _LONG_TICK
 
 
 class _Watchdog:

@@ -1,0 +1,28 @@
+"""What is known of one relayed request; complete once it has ended. For the log, the metrics and `on_end`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """Times are seconds."""
+
+    request_id: str
+    method: str
+    route: str
+    client: str
+    owner: str  # whom limits for one client count it for: its key, by a name of it, or its address
+    mount: str
+    asks_for_events: bool = False
+    admitted: bool = False  # it got a lease: from then on it is a stream, and its end has one of the known reasons
+    status: int = 0
+    reason: str = ""
+    upstream_request_id: str = ""
+    first_byte: float | None = None  # from the request to the upstream's head
+    seconds: float = 0.0
+    bytes: int = 0
+    events: int = 0
+    heartbeats: int = 0
+    longest_gap: float = 0.0  # the longest time between two arrivals
