@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -26,7 +27,8 @@ def client_address(environ: Mapping[str, Any], settings: Settings) -> str:
     address = _address(peer)
     if peer and address is None:
         return peer
-    hops = str(environ.get("HTTP_X_FORWARDED_FOR", "")).split(",")
+    forwarded = environ.get("HTTP_X_FORWARDED_FOR")
+    hops = str(forwarded).split(",") if forwarded else []
     while hops and (address is None or any(address in network for network in settings.trusted_proxies)):
         hop = hops.pop().strip()
         if hop:
@@ -36,6 +38,7 @@ def client_address(environ: Mapping[str, Any], settings: Settings) -> str:
     return "unix" if address is None else str(address)
 
 
+@lru_cache(maxsize=4096)
 def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     """An address; of an IPv4 address that a socket of both kinds shows as `::ffff:127.0.0.1`, the IPv4 one."""
     try:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flask import Blueprint, Flask, Response, current_app, request
 from werkzeug.routing import BaseConverter
 
-from relay import access, errors, log
+from relay import access, errors, log, ticks
 from relay.drain import drain
 from relay.headers import SANDBOX, sane_request_id
 from relay.incoming import asks_for_events, raw_target, read_body
@@ -109,6 +109,7 @@ def _blueprint(name: str) -> Blueprint:
     for rule, view in (("health", health), ("health/live", live), ("health/ready", ready)):
         endpoint = rule.replace("/", "_")
         blueprint.add_url_rule(f"/_relay/{rule}", endpoint, _at(name, view), methods=["GET"])
+    blueprint.add_url_rule("/_relay/ticks", "ticks", _at(name, ticks_request), methods=["GET"])
     relay = _at(name, relay_request)
 
     def everything_below(state: BlueprintSetupState) -> None:
@@ -190,6 +191,26 @@ def relay_request(mount: Mount, rest: str) -> Response:
             ended=_ended,
             closed=response.close,
         )
+
+    return _relayed(begin)
+
+
+def ticks_request(mount: Mount) -> Response:
+    """The doctor's timed stream, for whoever may use the relay."""
+    environ, settings = request.environ, mount.settings
+    request_id = _request_id()
+    access.check_origin(environ, settings)
+    if mount.service:
+        access.check_host(environ, settings)
+        access.check_peer(access.client_address(environ, settings), settings)
+    mount.keys.check(environ)
+    plan = ticks.Plan.of(request.args)
+    ticks.budget.take()
+
+    def begin(response: Response, start_response: Callable[..., Any]) -> Iterable[bytes]:
+        start_response("200 OK", _complete(ticks.HEADERS, list(response.headers), request_id))
+        client = _client_socket(environ)
+        return ticks.Ticks(plan, environ, settings, client=client, closed=response.close)
 
     return _relayed(begin)
 

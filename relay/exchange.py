@@ -186,6 +186,11 @@ class Exchange:
         except OSError:
             raise errors.UpstreamCut("the connection to the upstream broke before its answer was complete") from None
 
+    @property
+    def complete(self) -> bool:
+        """The body has been read to its end."""
+        return self.head.framing.done
+
     def _receive(self) -> bytes:
         # Each read is followed by a wait even if it did not empty the socket: the loop serves all other streams in
         # between, and the wait costs nothing when bytes are there.

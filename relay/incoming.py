@@ -71,11 +71,15 @@ def read_body(request: Request, limit: int) -> bytes | None:
             raise errors.BadRequest("the request's Content-Length is malformed")
         if len(announced) > 18 or int(announced) > limit:
             raise too_large
-    # Werkzeug stops reading at its limit without a word where the server marks the end of the body: leave it one byte
-    # by which to see more.
-    request.max_content_length = limit + 1
+    body = b""
     try:
-        body = request.get_data(cache=False)
+        if announced and not chunked:
+            body = environ["wsgi.input"].read(int(announced))
+        if not body:
+            # In chunks, or read before by somebody else, who has kept it. Werkzeug stops reading at its limit without a
+            # word where the server marks the end of the body: leave it one byte by which to see more.
+            request.max_content_length = limit + 1
+            body = request.get_data(cache=False)
     except RequestEntityTooLarge:
         raise too_large from None
     except Exception:  # noqa: BLE001 - each server has its own for a body that is cut or ill framed

@@ -85,6 +85,9 @@ class Stream:
         self._waiter = waiting.waiter(client, self._check_write)
         self._broken = "client_gone"  # the end reason if the server gives up writing
         self._pending: errors.RelayError | None = None
+        self._chunked = False  # the server frames the body in chunks, so that its end is a write of its own
+        #: Where the server's socket can do so: hold what is written next until what is written after it.
+        self._join_next: Callable[[], object] = getattr(client, "join_next", _nothing)
         drain.open.add(self)
 
     def _held_until(self, now: float) -> float:
@@ -220,7 +223,10 @@ class Stream:
             self._pending = error
             self._step = Stream._raise_pending
             return b""
-        return self._observe(data) if data else b""
+        if not data:
+            return b""
+        self._join_next()
+        return self._observe(data)
 
     def _raise_pending(self) -> NoReturn:
         """The failure that came along with the head, once the head is out."""
@@ -229,6 +235,7 @@ class Stream:
 
     def _start(self, status: int, reason: str, headers: Headers) -> None:
         self.record.status = status
+        self._chunked = not self._http10 and not any(name == "Content-Length" for name, _ in headers)
         self._start_response(f"{status} {reason}", self._present(headers))
 
     # The body: this runs for every piece.
@@ -248,6 +255,8 @@ class Stream:
                     continue
             data = exchange.read()
             if data:
+                if not exchange.empty and self._chunked and exchange.complete:
+                    self._join_next()  # the last chunk, which the server writes right after it
                 return self._observe(data)
             if data is not None:
                 self._end("done")
@@ -385,6 +394,10 @@ class Stream:
             self._broken = "write_timeout"
             client_socket.break_off(self._client)
         return self._writes.every
+
+
+def _nothing() -> None:
+    pass
 
 
 _REASONS = {502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout"}

@@ -11,6 +11,7 @@ import gc
 import logging
 import os
 import re
+import socket
 import sys
 import time
 from typing import Any
@@ -167,13 +168,24 @@ class Worker(GeventWorker):  # type: ignore[misc]
             pass  # the client did not wait for it
 
 
+_joined: set[_Client] = set()
+
+
 class _Client(gevent.socket.socket):  # type: ignore[misc]
     """A client's connection. An event fits into the kernel's buffer almost always, so it is tried to send it at once:
     gevent's own sendall asks the kernel for the size of that buffer first, for every event."""
 
     __slots__ = ()
 
+    def join_next(self) -> None:
+        """Let the next `sendall` wait for the one after it, which comes at once: one packet, and one wake-up of the
+        client, for a head and the first event, or for the last event and the end."""
+        _joined.add(self)
+
     def sendall(self, data: bytes, flags: int = 0) -> None:
+        if self in _joined:
+            _joined.discard(self)
+            flags |= socket.MSG_MORE
         try:
             sent = self._sock.send(data, flags)
         except BlockingIOError:

@@ -6,10 +6,12 @@ the client has the one before. What is held back anywhere on the way is a deadlo
 
 from __future__ import annotations
 
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
+from harness.client import request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -197,3 +199,17 @@ def test_the_answer_may_begin_only_after_a_silence(hop: Service, content_type: s
 def _nothing_comes(response: Response) -> None:
     with pytest.raises(AssertionError, match=r"not within 0\.2 s"):
         response.read_some(0.2)
+
+
+@pytest.mark.parametrize("framing", ["chunked", "length", "close"])
+@pytest.mark.parametrize("version", ["HTTP/1.1", "HTTP/1.0"])
+def test_the_last_bytes_wait_for_nothing(service: Service, framing: Framing, version: str) -> None:
+    """Held back for the end of the body they would come 200 ms later, which a hundred answers in a row would show."""
+    path = service.upstream.serve(lambda ex: ex.reply(b"data: 1\n\n", framing=framing))
+    started = time.monotonic()
+    for _ in range(60):
+        response = request(service.port, "GET", service.mount + path, version=version)
+        assert response.read_until(b"data: 1\n\n")
+        response.close()
+    assert time.monotonic() - started < 60 * 0.2, "each answer has waited for the kernel's timer"
+    service.upstream.forget(path)
