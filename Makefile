@@ -36,17 +36,18 @@ up: $(RUN) ## Serve behind the shipped nginx, on 127.0.0.1:8080
 	@exec $(IN_VENV) tools/up
 
 .PHONY: test
-test: $(DEV) ## Run every test, with real gunicorn and nginx (ARGS="-k name" for some)
-	@tools/system-packages nginx
+test: $(DEV) ## Run every test, with real gunicorn, nginx and Redis (ARGS="-k name" for some)
+	@tools/system-packages nginx redis-server openssl curl
 	$(IN_VENV) -m pytest $(ARGS)
 
 .PHONY: check
 check: $(DEV) ## Lint, check formatting, types and the shipped configuration
-	@tools/system-packages nginx
+	@tools/system-packages nginx openssl
 	$(IN_VENV) -m ruff check
 	$(IN_VENV) -m ruff format --check
 	$(IN_VENV) -m mypy
 	PATH="$$PATH:/usr/sbin" tools/nginx-test
+	@tools/deploy-check $(VENV)/bin
 
 .PHONY: bench
 bench: $(DEV) ## Measure, beside other ways to do it

@@ -38,6 +38,17 @@ def client_address(environ: Mapping[str, Any], settings: Settings) -> str:
     return "unix" if address is None else str(address)
 
 
+def payer(address: str) -> str:
+    """Whose budget a client at this address uses up: its own, or with IPv6 that of its /64.
+
+    A /64 is the least that a network hands out (RFC 6177), and each of its 2**64 addresses is its holder's.
+    """
+    if ":" not in address:
+        return address
+    ip = _address(address)
+    return address if ip is None else f"{ipaddress.IPv6Address(int(ip) >> 64 << 64)}/64"
+
+
 @lru_cache(maxsize=4096)
 def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     """An address; of an IPv4 address that a socket of both kinds shows as `::ffff:127.0.0.1`, the IPv4 one."""

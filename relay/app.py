@@ -32,6 +32,7 @@ def create_app(config: Mapping[str, object] | None = None) -> Flask:
         ("health/ready", blueprint.ready),
     ):
         app.add_url_rule(f"/{name}", f"service_{name.replace('/', '_')}", _bound(view, mount), methods=["GET"])
+    app.add_url_rule("/ticket", "service_ticket", _bound(blueprint.ticket, mount), methods=["POST"])
     app.add_url_rule("/metrics", "service_metrics", lambda: _metrics(settings), methods=["GET"])
     app.register_error_handler(errors.RelayError, blueprint.error_response)
     app.register_error_handler(HTTPException, _http_error)

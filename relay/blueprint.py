@@ -14,9 +14,10 @@ from werkzeug.routing import BaseConverter
 from relay import access, errors, log, ticks
 from relay.drain import drain
 from relay.headers import SANDBOX, sane_request_id
-from relay.incoming import asks_for_events, raw_target, read_body
+from relay.incoming import asks_for_events, check_model, raw_target, read_body, says
+from relay.keys import TICKET_SECONDS
 from relay.metrics import metrics
-from relay.mount import HeadersHook, Mount
+from relay.mount import EndHook, HeadersHook, Mount
 from relay.paths import METHODS, allows, bad_target
 from relay.record import Record
 from relay.settings import Settings
@@ -41,7 +42,8 @@ class Relay:
     `url_prefix`: where; what follows it goes to the upstream. `name`: of the blueprint and the mount; each relay in
     an app needs its own. `settings`: the `RELAY_…` settings of this relay alone; without them they come from the
     app's config. `request_headers`: called in the request's context for each call, returns headers that are set on
-    the request upstream in place of any others of their names.
+    the request upstream in place of any others of their names. `on_end`: called with the `relay.record.Record` of each
+    stream that has ended, for billing and audit; outside of any context of Flask's, and it must not block.
 
     Raises SettingsError from `init_app` (and from the constructor, given an app) if a setting is wrong.
     """
@@ -54,12 +56,14 @@ class Relay:
         name: str = "relay",
         settings: Mapping[str, object] | None = None,
         request_headers: HeadersHook | None = None,
+        on_end: EndHook | None = None,
     ) -> None:
         self.name = name
         self.url_prefix = url_prefix
         self.blueprint = _blueprint(name)
         self._settings = settings
         self._request_headers = request_headers
+        self._on_end = on_end
         self._apps: list[Flask] = []
         if app is not None:
             self.init_app(app)
@@ -72,6 +76,7 @@ class Relay:
             self.name,
             settings,
             request_headers=self._request_headers,
+            on_end=self._on_end,
         )
         self._mount(app, mount, url_prefix or self.url_prefix or settings.mount)
 
@@ -151,8 +156,9 @@ def relay_request(mount: Mount, rest: str) -> Response:
     if mount.service:
         access.check_host(environ, settings)
         access.check_peer(address, settings)
-    client = mount.keys.check(environ) or address
     path, query = raw_target(environ, rest)
+    holder, query = mount.keys.take_ticket(query)
+    client = holder or mount.keys.check(environ) or access.payer(address)
     if method not in METHODS:
         raise errors.MethodNotAllowed(f"the relay does not pass on {method}")
     fault = bad_target(path, query)
@@ -163,7 +169,12 @@ def relay_request(mount: Mount, rest: str) -> Response:
             f"{method} on this path is not among what this relay passes on (RELAY_ALLOW)",
             code="path_not_allowed",
         )
+    budget = () if mount.rates is None else mount.rates.take(client)
     body = read_body(asked, settings.max_body)
+    said = None if settings.models is None else check_model(asked, body, settings.models)
+    if said is None and mount.wants_model:
+        said = says(body)
+    model = None if said is None else said.get("model")
     record = Record(
         request_id=request_id,
         method=method,
@@ -171,7 +182,9 @@ def relay_request(mount: Mount, rest: str) -> Response:
         client=address,
         owner=client,
         mount=mount.name,
-        asks_for_events=asks_for_events(asked, path, body),
+        asks_for_events=asks_for_events(asked, path, body, said),
+        model=model if isinstance(model, str) else None,
+        upstream_host=mount.settings.upstream_host,
     )
     overrides = mount.call_hook()
     overrides["X-Request-ID"] = request_id
@@ -188,11 +201,14 @@ def relay_request(mount: Mount, rest: str) -> Response:
             http10=environ.get("SERVER_PROTOCOL") == "HTTP/1.0",
             present=lambda headers: _complete(headers, list(response.headers), request_id),
             admission=mount.admission,
-            ended=_ended,
+            watch=mount,
             closed=response.close,
         )
 
-    return _relayed(begin)
+    response = _relayed(begin)
+    for name, value in budget:
+        response.headers[name] = value
+    return response
 
 
 def ticks_request(mount: Mount) -> Response:
@@ -208,11 +224,25 @@ def ticks_request(mount: Mount) -> Response:
     ticks.budget.take()
 
     def begin(response: Response, start_response: Callable[..., Any]) -> Iterable[bytes]:
-        start_response("200 OK", _complete(ticks.HEADERS, list(response.headers), request_id))
-        client = _client_socket(environ)
-        return ticks.Ticks(plan, environ, settings, client=client, closed=response.close)
+        return ticks.Ticks(
+            plan,
+            environ,
+            settings,
+            start=lambda headers: start_response("200 OK", _complete(headers, list(response.headers), request_id)),
+            client=_client_socket(environ),
+            closed=response.close,
+        )
 
     return _relayed(begin)
+
+
+def ticket(mount: Mount) -> Response:
+    """A ticket for EventSource, which cannot send a client key in a header."""
+    if not mount.keys:
+        raise errors.NotFound("no client keys are set (RELAY_CLIENT_KEYS), so nobody needs a ticket")
+    access.check_origin(request.environ, mount.settings)
+    name = mount.keys.check(request.environ)
+    return _json({"ticket": mount.keys.ticket(str(name)), "expires_in": TICKET_SECONDS})
 
 
 def health(mount: Mount) -> Response:
@@ -257,23 +287,6 @@ def error_response(error: errors.RelayError) -> Response:
 
 
 # What the views need.
-
-
-def _ended(record: Record) -> None:
-    if record.admitted:
-        metrics().ended(
-            record.mount,
-            status=record.status,
-            reason=record.reason,
-            first_byte=record.first_byte,
-            seconds=record.seconds,
-            longest_gap=record.longest_gap,
-            size=record.bytes,
-            heartbeats=record.heartbeats,
-        )
-    elif record.status:
-        metrics().refused(record.reason)
-    log.ended(record)
 
 
 class _Deferred:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from relay.doctor.command import doctor
 from relay.version import __version__
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ def commands() -> None:
     These commands look at the settings of the service: the environment, and .env in the working directory. The
     service itself is started with gunicorn: gunicorn -c python:relay.gunicorn_conf
     """
+
+
+commands.add_command(doctor)
 
 
 @commands.command("settings", short_help="Check the settings of the service and print them.")

@@ -7,16 +7,17 @@ sees the file as it is then.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from relay.settings import SettingsError
 
-_held: dict[str, str] | None = None
+_held: dict[str, object] | None = None
 
 
-def environment() -> dict[str, str]:
+def environment() -> dict[str, object]:
     """What `hold` was given last; before that, what `read` gives."""
-    return read() if _held is None else dict(_held)
+    return dict(read() if _held is None else _held)
 
 
 def read() -> dict[str, str]:
@@ -42,7 +43,7 @@ def read() -> dict[str, str]:
     return values
 
 
-def hold(values: dict[str, str]) -> None:
+def hold(values: Mapping[str, object]) -> None:
     """Give `values` to every later call of `environment`, in this process and those forked from it.
 
     gunicorn's master holds what it has checked: a `.env` that is faulty when a reload or a replaced worker comes does

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Sequence
 
 
 class RelayError(Exception):
@@ -26,6 +27,8 @@ class RelayError(Exception):
     reason: str | None = None
     #: False: the request reached the upstream, so an SDK that repeats it may pay twice (`x-should-retry: false`).
     may_retry = True
+    #: More response headers of this one error.
+    fields: Sequence[tuple[str, str]] = ()
 
     def __init__(self, message: str, *, code: str | None = None, retry_after: int | None = None) -> None:
         super().__init__(message)
@@ -41,7 +44,7 @@ class RelayError(Exception):
             headers.append(("Retry-After", str(self.retry_after)))
         if not self.may_retry:
             headers.append(("x-should-retry", "false"))
-        return headers
+        return [*headers, *self.fields]
 
     def json(self, request_id: str) -> str:
         """The body of the error, in the shape that OpenAI's and Anthropic's SDKs read. One line."""

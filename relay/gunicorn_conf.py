@@ -31,6 +31,8 @@ _FILES = 65_536
 
 _running: dict[str, Any] = {}
 _metrics_folder: list[str] = []
+#: The environment and its settings as they last were without a fault, and whether a reload has found one since.
+_as_given: dict[str, Any] = {}
 
 
 def configure() -> dict[str, Any]:
@@ -43,9 +45,10 @@ def configure() -> dict[str, Any]:
         if not _running:
             print(fault, file=sys.stderr, flush=True)  # noqa: T201 - no log exists yet
             sys.exit(os.EX_CONFIG)
+        _as_given["faulty"] = True
         print(f"Not reloaded, running on as before:\n{fault}", file=sys.stderr, flush=True)  # noqa: T201
         return _running
-    environment.hold(values)
+    _hold(values, settings)
     streams = settings.max_streams or _STREAMS
 
     _running.update(
@@ -108,11 +111,30 @@ def configure() -> dict[str, Any]:
             # Shown by ps and top, if setproctitle is installed. [gunicorn]
             "proc_name": "relay",
             "on_starting": _start,
+            "on_reload": _reload,
             "child_exit": _worker_ended,
             "on_exit": _end,
         }
     )
     return _running
+
+
+def _hold(values: dict[str, str], settings: Settings) -> None:
+    # Client keys out of a file as they are now: a file that is faulty when a worker is replaced must not keep it from
+    # starting. What is held has the keys in its place.
+    _as_given.update(values=values, settings=settings, faulty=False)
+    environment.hold({**values, "RELAY_CLIENT_KEYS": settings.client_keys} if settings.client_keys else values)
+
+
+def _reload(_server: object) -> None:
+    # With `python:` the configuration is not run again, but a file of client keys is read again.
+    if _as_given["faulty"]:
+        return  # that it cannot be has just been said
+    values = _as_given["values"]
+    try:
+        _hold(values, Settings.from_mapping(values, service=True))
+    except SettingsError as fault:
+        print(f"Client keys not read again, running on as before:\n{fault}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _workers(values: dict[str, str]) -> int:
@@ -129,13 +151,31 @@ def _memory_folder() -> str | None:
     return str(folder) if folder.is_dir() and os.access(folder, os.W_OK | os.X_OK) else None
 
 
-def _start(_server: object) -> None:
+def _start(server: Any) -> None:
     _raise_file_limit()
+    _tell_what_is_counted_apart(server)
     # Workers count into files that whoever is asked for the metrics adds up. Each start begins with an empty folder:
     # files of an earlier one would be added too.
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="relay-metrics-", dir=_memory_folder())
         _metrics_folder.append(os.environ["PROMETHEUS_MULTIPROC_DIR"])
+
+
+def _tell_what_is_counted_apart(server: Any) -> None:
+    settings: Settings = _as_given["settings"]
+    workers = server.cfg.workers
+    limits = {
+        "RELAY_RATE_LIMIT": settings.rate_limit is not None,
+        "RELAY_MAX_STREAMS_PER_CLIENT": settings.max_streams_per_client > 0,
+    }
+    if any(limits.values()) and workers > 1 and not settings.shares_limits:
+        server.log.warning(
+            "%s: each of the %d workers counts for itself, so that a client may have up to %d times as much. "
+            "RELAY_LIMITS_URL=redis://... lets them count together.",
+            " and ".join(name for name, on in limits.items() if on),
+            workers,
+            workers,
+        )
 
 
 def _worker_ended(_server: object, worker: Any) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -81,16 +82,37 @@ class Health:
         probing.wait(min(_PATIENCE, self._settings.health_timeout + 0.1))
         return self._known or _failed("the upstream has not answered the first probe yet")
 
+    def answered(self, status: int, seconds: float) -> None:
+        """A relayed request was answered with this status after so many seconds: better evidence than any probe."""
+        before = self._known
+        if status == 401 and self._settings.adds_key:
+            key = "rejected"
+        elif status < 400 and self._settings.adds_key:
+            key = "accepted"
+        else:  # other refusals may be of the path or the model
+            key = before.key if before is not None else "not checked"
+        self._learn(Known(status, seconds * 1000, key, time.time(), time.monotonic(), "traffic"))
+
+    def failed(self, reason: str) -> None:
+        """A relayed request found nobody there. The next who asks will have it probed, unless a probe was as recent."""
+        known = self._known
+        if known is not None and known.source == "traffic":
+            self._known = replace(known, monotonic=-math.inf)
+
     def _probe(self, done: threading.Event) -> None:
         """Ask once and remember the answer."""
         try:
-            known = self._known = self._ask()
-            accepted = {"accepted": True, "rejected": False}.get(known.key)
-            metrics().upstream(self._mount, reachable=known.status_code is not None, key_accepted=accepted)
+            self._learn(self._ask())
         finally:
             with self._lock:
                 self._probing = None
             done.set()
+
+    def _learn(self, known: Known) -> None:
+        before, self._known = self._known, known
+        if before is None or before.status != known.status or before.key != known.key:
+            accepted = {"accepted": True, "rejected": False}.get(known.key)
+            metrics().upstream(self._mount, reachable=known.status_code is not None, key_accepted=accepted)
 
     def _ask(self) -> Known:
         settings = self._settings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote_to_bytes
 
@@ -91,10 +92,50 @@ def read_body(request: Request, limit: int) -> bytes | None:
     return body
 
 
-def asks_for_events(request: Request, path: str, body: bytes | None) -> bool:
+def check_model(request: Request, body: bytes | None, models: Collection[str]) -> Mapping[str, object] | None:
+    """Refuse a JSON object that asks for another model than these. Raises Forbidden.
+
+    Gives what the body says, for `asks_for_events`; None if it is no object, such as a form or nothing. Whatever an
+    upstream could take for an object in which a model is named must be read here, however long it is: with a name
+    twice or in capitals, with ill UTF-8, compressed. What cannot be read is refused.
+    """
+    if not body:
+        return None
+    if request.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
+        raise _unreadable("is compressed")
+    encoding = json.detect_encoding(body)
+    if encoding == "utf-8" and not body.lstrip().startswith(b"{"):
+        return None
+    text = body.decode(encoding, "replace").lstrip("\ufeff \t\n\r\v\f")
+    if not text.startswith("{"):
+        return None
+    try:
+        pairs = json.loads(text, object_pairs_hook=list)  # a dict would keep only the last of a name
+    except (ValueError, RecursionError):
+        raise _unreadable("is no sound JSON") from None
+    if any(name.lower() == "model" and not _among(model, models) for name, model in pairs):
+        raise errors.Forbidden(
+            "the model is not among those that this relay serves (RELAY_MODELS)", code="model_not_allowed"
+        )
+    return dict(pairs)
+
+
+def _among(model: object, models: Collection[str]) -> bool:
+    return model is None or (isinstance(model, str) and model in models)
+
+
+def _unreadable(why: str) -> errors.Forbidden:
+    return errors.Forbidden(
+        f"the body {why}, so that the relay cannot tell which model it asks for (RELAY_MODELS)",
+        code="model_not_allowed",
+    )
+
+
+def asks_for_events(request: Request, path: str, body: bytes | None, said: Mapping[str, object] | None = None) -> bool:
     """Whether the answer to this request is sure to be an event stream, should it succeed.
 
-    Only then may the relay answer before the upstream has. `path` is the raw path below the mount.
+    Only then may the relay answer before the upstream has. `path` is the raw path below the mount, `said` what the
+    body says if somebody has read it.
     """
     accepts = {item.partition(";")[0].strip().lower() for item in request.headers.get("Accept", "").split(",")}
     if sse.MEDIA_TYPE in accepts:
@@ -103,8 +144,15 @@ def asks_for_events(request: Request, path: str, body: bytes | None) -> bool:
         return False
     if not body or len(body) > _MOST_JSON or b'"stream"' not in body:
         return False
+    return (says(body) if said is None else said).get("stream") is True
+
+
+def says(body: bytes | None) -> Mapping[str, object]:
+    """What a JSON object of at most 1 MiB says; nothing if the body is something else."""
+    if not body or len(body) > _MOST_JSON:
+        return {}
     try:
-        asked = json.loads(body)
+        said = json.loads(body)
     except (ValueError, RecursionError):  # the second from ten thousand brackets
-        return False
-    return isinstance(asked, dict) and asked.get("stream") is True
+        return {}
+    return said if isinstance(said, dict) else {}

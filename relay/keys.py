@@ -7,7 +7,12 @@ import hmac
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from itsdangerous import BadData, URLSafeTimedSerializer
+
 from relay import errors
+
+#: Seconds that a ticket is good for: enough for a page to open its EventSource, too little to be passed around.
+TICKET_SECONDS = 60
 
 
 class ClientKeys:
@@ -16,9 +21,36 @@ class ClientKeys:
     def __init__(self, keys: Iterable[str]) -> None:
         # Digests have one length, so that comparing them tells nothing of the keys'.
         self._digests = [_digest(key) for key in keys]
+        # Signed with the keys themselves, so that every worker and host that has them can check a ticket, and none is
+        # good any more when the keys have changed.
+        self._tickets = URLSafeTimedSerializer(b"".join(sorted(self._digests)), salt="relay-ticket")
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def ticket(self, name: str) -> str:
+        """A ticket for the client of this name, for `?ticket=`: EventSource cannot send headers."""
+        return str(self._tickets.dumps(name))
+
+    def take_ticket(self, query: str | None) -> tuple[str | None, str | None]:
+        """The name of the client whose ticket is in a raw query, and the query without it.
+
+        No name: there is none. Raises Unauthorized for one that is not good, or no longer.
+        """
+        if not self or query is None or "ticket=" not in query:
+            return None, query
+        parts = query.split("&")
+        tickets = [part for part in parts if part.startswith("ticket=")]
+        if not tickets:
+            return None, query
+        try:
+            name = self._tickets.loads(tickets[0].partition("=")[2], max_age=TICKET_SECONDS)
+        except BadData:
+            raise errors.Unauthorized("the ticket is not good, or no longer; POST /ticket gives another") from None
+        return str(name), "&".join(part for part in parts if part not in tickets) or None
 
     def check(self, environ: Mapping[str, Any]) -> str | None:
-        """Who the client is by its key: a short name for limits and logs, from which the key cannot be had.
+        """Who the client is by the key in its headers: a short name for limits, from which the key cannot be had.
 
         The key is taken from `Authorization: Bearer`, `x-api-key` or `api-key`. None: no keys are set. Raises
         Unauthorized if none of ours came.

@@ -6,6 +6,7 @@ import resource
 import threading
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
 from relay import errors
 
@@ -17,10 +18,20 @@ _FILES_PER_STREAM = 2
 _RETRY_AFTER = 1
 
 
+class Shared(Protocol):
+    """Where the streams of one client are counted for all workers together. Both may be called from any thread."""
+
+    def take(self, client: str) -> str:
+        """A name for the stream; empty if the client has as many as it may. May wait a moment."""
+
+    def give_back(self, lease: str) -> None:
+        """The stream of this name is over. Does not wait."""
+
+
 class Lease:
     """The right to one open stream, or a place in the queue for it: `granted` says which."""
 
-    __slots__ = ("_admission", "client", "granted", "over", "wake")
+    __slots__ = ("_admission", "client", "granted", "over", "shared", "wake")
 
     def __init__(self, admission: Admission, client: str, wake: Callable[[], None]) -> None:
         self._admission = admission
@@ -28,6 +39,7 @@ class Lease:
         self.wake = wake
         self.granted = False
         self.over = False
+        self.shared = ""  # its name where streams are counted together
 
     def release(self) -> None:
         """Give it back, or leave the queue. Idempotent, from several threads at once too."""
@@ -37,11 +49,13 @@ class Lease:
 class Admission:
     """So many streams at a time, so many of them for one client, and a queue in front."""
 
-    def __init__(self, maximum: int, per_client: int = 0) -> None:
-        """`per_client` 0: no limit for one client."""
+    def __init__(self, maximum: int, per_client: int = 0, shared: Shared | None = None) -> None:
+        """`per_client` 0: no limit for one client. `shared`: who counts a client's streams; None: this does."""
         self.maximum = maximum
         self.open = 0
-        self._per_client = per_client
+        self._most = per_client
+        self._per_client = 0 if shared else per_client  # the limit that is kept here
+        self._shared = shared
         self._of_client: dict[str, int] = {}
         self._queue: deque[Lease] = deque()
         self._lock = threading.Lock()
@@ -52,15 +66,14 @@ class Admission:
         Whoever does not want to wait releases it. Raises TooMany if the client has as many as it may.
         """
         lease = Lease(self, client, wake)
+        if self._shared is not None:
+            lease.shared = self._shared.take(client)
+            if not lease.shared:
+                raise self._too_many()
         with self._lock:
             if self._per_client:
                 if self._of_client.get(client, 0) >= self._per_client:
-                    raise errors.TooMany(
-                        f"this client has {self._per_client} open streams, as many as it may "
-                        "(RELAY_MAX_STREAMS_PER_CLIENT)",
-                        code="too_many_streams",
-                        retry_after=_RETRY_AFTER,
-                    )
+                    raise self._too_many()
                 self._of_client[client] = self._of_client.get(client, 0) + 1
             if self.open < self.maximum:
                 self.open += 1
@@ -73,6 +86,13 @@ class Admission:
         """The error of a request that found no slot."""
         return errors.Full(
             f"the relay serves {self.maximum} streams at a time in each worker (RELAY_MAX_STREAMS), and all are taken",
+            retry_after=_RETRY_AFTER,
+        )
+
+    def _too_many(self) -> errors.TooMany:
+        return errors.TooMany(
+            f"this client has {self._most} open streams, as many as it may (RELAY_MAX_STREAMS_PER_CLIENT)",
+            code="too_many_streams",
             retry_after=_RETRY_AFTER,
         )
 
@@ -98,6 +118,8 @@ class Admission:
                 self.open -= 1
         if heir is not None:
             heir.wake()
+        if self._shared is not None:
+            self._shared.give_back(lease.shared)
 
 
 def streams_that_files_allow() -> int:

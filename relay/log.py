@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,12 +38,13 @@ class _Output:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+        self._format = for_people if os.isatty(descriptor) else _encode
         self._lost = 0
 
     def __call__(self, line: dict[str, Any]) -> None:
-        text = _encode(line) + "\n"
+        text = self._format(line) + "\n"
         if self._lost:
-            text = _encode({"event": "log_lines_lost", "lines": self._lost}) + "\n" + text
+            text = self._format({"event": "log_lines_lost", "lines": self._lost}) + "\n" + text
         try:
             os.write(self._descriptor, text.encode())
         except OSError:
@@ -51,8 +53,26 @@ class _Output:
             self._lost = 0
 
 
+def for_people(line: dict[str, Any]) -> str:
+    """A line as a person in front of a terminal wants it."""
+    at = time.strftime("%H:%M:%S")
+    if line["event"] == "refused":
+        return f"{at}  {line['method']:<7} {line['status']} refused: {line['reason']}  ({line['request_id']})"
+    if line["event"] != "request":
+        return f"{at}  {line['event']}: " + ", ".join(
+            f"{value}" if name == "message" else f"{name} {value}"
+            for name, value in line.items()
+            if name not in ("event", "worker")
+        )
+    first = "no first byte" if line["first_byte_ms"] is None else f"first byte {line['first_byte_ms']:.0f} ms"
+    return (
+        f"{at}  {line['method']:<7} {line['status']} {line['reason']}: {line['total_ms'] / 1000:.1f} s, {first}, "
+        f"{line['events']} events, {line['bytes']} bytes  ({line['request_id']})"
+    )
+
+
 def to_standard_output() -> None:
-    """From now on, in this process, lines go to standard output."""
+    """From now on, in this process, lines go to standard output: as JSON, or for people if it is a terminal."""
     global _emit  # noqa: PLW0603 - a process has one log
     _emit = _Output(1)
 
@@ -93,6 +113,7 @@ def ended(record: Record) -> None:
             "events": record.events,
             "heartbeats": record.heartbeats,
             "longest_gap_ms": round(record.longest_gap * 1000, 1),
+            "upstream": record.upstream_host,
             "upstream_request_id": record.upstream_request_id,
             "worker": os.getpid(),
         }

@@ -8,7 +8,11 @@ relay.gunicorn_conf makes), and whoever is asked adds them up.
 from __future__ import annotations
 
 import os
-from typing import Any
+import threading
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from relay.record import Record
 
 #: Seconds. An answer's first byte: from a cached one to a model that thinks for minutes.
 _FIRST_BYTE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -27,8 +31,10 @@ NAMES = (
     "relay_longest_gap_seconds",
     "relay_relayed_bytes_total",
     "relay_heartbeats_total",
+    "relay_tokens_total",
     "relay_upstream_reachable",
     "relay_upstream_key_accepted",
+    "relay_limits_errors_total",
 )
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -58,12 +64,16 @@ class Metrics:
             "relay_longest_gap_seconds", "The longest silence of the upstream within a stream.", mount, buckets=_GAP
         )
         self._bytes = counter("relay_relayed_bytes", "Body bytes that came from upstream.", mount)
+        self._tokens = counter("relay_tokens", "Tokens that answers reported.", [*mount, "kind"])
         self._heartbeats = counter("relay_heartbeats", "Comments that were sent in the upstream's silence.", mount)
         self._reachable = gauge(
             "relay_upstream_reachable", "1: the upstream answered lately.", mount, multiprocess_mode="livemostrecent"
         )
         self._key = gauge(
             "relay_upstream_key_accepted", "1: it took the key lately.", mount, multiprocess_mode="livemostrecent"
+        )
+        self._limits_errors = counter(
+            "relay_limits_errors", "Requests and streams that passed uncounted: RELAY_LIMITS_URL did not answer."
         )
         self._children: dict[str, dict[str, Any]] = {}
 
@@ -79,38 +89,37 @@ class Metrics:
         if self._on:
             self.of(mount)["_open"].inc()
 
-    def ended(
-        self,
-        mount: str,
-        *,
-        status: int,
-        reason: str,
-        first_byte: float | None,
-        seconds: float,
-        longest_gap: float,
-        size: int,
-        heartbeats: int,
-    ) -> None:
-        """A stream that `opened` was called for has ended. Times are seconds, `size` is bytes."""
+    def ended(self, record: Record) -> None:
+        """A stream that `opened` was called for has ended."""
         if not self._on:
             return
+        mount = record.mount
         children = self.of(mount)
         children["_open"].dec()
-        self._requests.labels(mount, status).inc()
-        self._ended.labels(mount, reason).inc()
-        children["_seconds"].observe(seconds)
-        if first_byte is not None:
-            children["_first_byte"].observe(first_byte)
-            children["_gap"].observe(longest_gap)
-        if size:
-            children["_bytes"].inc(size)
-        if heartbeats:
-            children["_heartbeats"].inc(heartbeats)
+        self._requests.labels(mount, record.status).inc()
+        self._ended.labels(mount, record.reason).inc()
+        children["_seconds"].observe(record.seconds)
+        if record.first_byte is not None:
+            children["_first_byte"].observe(record.first_byte)
+            children["_gap"].observe(record.longest_gap)
+        if record.bytes:
+            children["_bytes"].inc(record.bytes)
+        if record.heartbeats:
+            children["_heartbeats"].inc(record.heartbeats)
+        if record.usage is not None:
+            for kind, tokens in (("input", record.usage.input_tokens), ("output", record.usage.output_tokens)):
+                if tokens:
+                    self._tokens.labels(mount, kind).inc(tokens)
 
     def refused(self, reason: str) -> None:
         """The relay answered a request itself, with the error of this code."""
         if self._on:
             self._refused.labels(reason).inc()
+
+    def limits_failed(self) -> None:
+        """Something passed uncounted, because whoever counts did not answer."""
+        if self._on:
+            self._limits_errors.inc()
 
     def upstream(self, mount: str, *, reachable: bool, key_accepted: bool | None) -> None:
         """What the latest evidence says of the upstream. `key_accepted` None: it says nothing of the key."""
@@ -135,11 +144,14 @@ class Metrics:
 
 
 _metrics: Metrics | None = None
+_making = threading.Lock()
 
 
 def metrics() -> Metrics:
     """This process's metrics. Made at the first call, so that a forked worker has files of its own."""
     global _metrics  # noqa: PLW0603 - prometheus_client's registry is one for the process, too
     if _metrics is None:
-        _metrics = Metrics()
+        with _making:  # the first requests may come in several threads at once, and names can be registered once
+            if _metrics is None:
+                _metrics = Metrics()
     return _metrics

@@ -13,6 +13,11 @@ from relay.headers import RequestHeaders, check_field
 from relay.health import Health
 from relay.keys import ClientKeys
 from relay.limits import Admission, streams_that_files_allow
+from relay.metrics import metrics
+from relay.rates import Rates
+from relay.record import Record
+from relay.settings import SettingsError
+from relay.shared import Leases, Store
 from relay.upstream import Upstream
 
 if TYPE_CHECKING:
@@ -22,6 +27,7 @@ _DEFAULT_STREAMS = 900
 _DEFAULT_STREAMS_IN_THREADS = 8
 
 HeadersHook = Callable[[], Mapping[str, str]]
+EndHook = Callable[[Record], None]
 
 
 class Mount:
@@ -34,6 +40,7 @@ class Mount:
         *,
         service: bool = False,
         request_headers: HeadersHook | None = None,
+        on_end: EndHook | None = None,
     ) -> None:
         self.name = name
         self.settings = settings
@@ -46,7 +53,12 @@ class Mount:
             own_credentials=settings.adds_key or bool(settings.client_keys),
             transparent=settings.transparent,
         )
+        counts = settings.rate_limit is not None or settings.max_streams_per_client > 0
+        self._store = _store(settings.limits_url) if counts and settings.shares_limits else None
+        self.rates = Rates(settings.rate_limit, name, self._store) if settings.rate_limit is not None else None
         self._hook = request_headers
+        self._on_end = on_end
+        self.wants_model = on_end is not None  # the record of a stream names its model only for the hook
         drain.allow(settings.drain)
 
     @cached_property
@@ -77,7 +89,9 @@ class Mount:
                 self.name,
                 wanted,
             )
-        return Admission(min(wanted, streams_that_files_allow()), settings.max_streams_per_client)
+        most = settings.max_streams_per_client
+        shared = Leases(self._store, self.name, most) if self._store is not None and most else None
+        return Admission(min(wanted, streams_that_files_allow()), most, shared)
 
     def call_hook(self) -> dict[str, str]:
         """The headers that the shop's hook sets for this call. Raises ValueError for one that cannot be sent."""
@@ -87,3 +101,32 @@ class Mount:
                 check_field(name, value)
                 headers[name] = value
         return headers
+
+    # What becomes of a stream (relay.stream.Watch).
+
+    def answered(self, status: int, seconds: float) -> None:
+        """The upstream has answered with this status: the best evidence of it that there is."""
+        self.health.answered(status, seconds)
+
+    def ended(self, record: Record) -> None:
+        """A stream has ended, or a request for one was refused: count it, log it, tell the shop."""
+        count = metrics()
+        if record.admitted:
+            if record.reason == "connect_timeout" or (record.first_byte is None and record.status == 502):
+                self.health.failed(record.reason)
+            count.ended(record)
+        elif record.status:
+            count.refused(record.reason)
+        log.ended(record)
+        if self._on_end is not None and record.admitted:
+            try:
+                self._on_end(record)
+            except Exception:  # noqa: BLE001 - the shop's own code; it harms nothing but the log
+                log.logger.exception("on_end failed for request %s", record.request_id)
+
+
+def _store(url: str) -> Store:
+    try:
+        return Store(url)
+    except (TypeError, ValueError):  # whose words may repeat its password
+        raise SettingsError(("RELAY_LIMITS_URL = (not shown): is no URL that redis-py understands",)) from None

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from relay.usage import Usage
 
 
 @dataclass(slots=True, eq=False)
@@ -20,6 +24,10 @@ class Record:
     status: int = 0
     reason: str = ""
     upstream_request_id: str = ""
+    upstream_host: str = ""
+    model: str | None = None  # as the request's body named it
+    tenant: object = None  # whatever the shop's hook has said of whom the request is for
+    usage: Usage | None = None  # as the answer reported it
     first_byte: float | None = None  # from the request to the upstream's head
     seconds: float = 0.0
     bytes: int = 0

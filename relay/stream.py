@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from relay import errors, sse, waiting
 from relay.drain import drain
 from relay.headers import SANDBOX, UNBUFFERED, response_headers
 from relay.metrics import metrics
+from relay.usage import Excerpt
 from relay.waiting import GONE, READY
 from relay.waiting import client as client_socket
 
@@ -34,6 +35,16 @@ class ClientGone(Exception):
     """The client has left: there is nobody to tell."""
 
 
+class Watch(Protocol):
+    """Who is told of what becomes of a stream."""
+
+    def answered(self, status: int, seconds: float) -> None:
+        """The upstream has answered with this status, so many seconds after the request."""
+
+    def ended(self, record: Record) -> None:
+        """The stream has ended, or was refused."""
+
+
 class Stream:
     """One relayed exchange as a WSGI iterable. `close` ends it wherever it stands, and does so once."""
 
@@ -48,11 +59,11 @@ class Stream:
         http10: bool,
         present: Callable[[Headers], Headers],
         admission: Admission,
-        ended: Callable[[Record], None],
+        watch: Watch,
         closed: Callable[[], None],
     ) -> None:
-        """`client`: the client's socket or None. `present` completes a response's headers. `ended` is
-        called when the stream has ended, `closed` when the server is done with the response."""
+        """`client`: the client's socket or None. `present` completes a response's headers. `watch` is told
+        of what becomes of it; `closed` is called when the server is done with the response."""
         self._exchange = exchange
         self.record = record
         self._settings = settings
@@ -62,7 +73,7 @@ class Stream:
         self._present = present
         self._admission = admission
         self._lease: Lease | None = None
-        self._ended = ended
+        self._watch = watch
         self._closed = closed
         self._task: waiting.Task | None = None
         self._tracker: sse.Tracker | None = None  # only for a body that something may be added to
@@ -82,6 +93,7 @@ class Stream:
         self._beat_since = now  # the last heartbeat, or whatever else the client was sent
         self._beating = False  # a heartbeat was the last thing
         self._writes = client_socket.Writes(client, settings.write_timeout)
+        self._excerpt: Excerpt | None = None  # of a body that may report its tokens
         self._waiter = waiting.waiter(client, self._check_write)
         self._broken = "client_gone"  # the end reason if the server gives up writing
         self._pending: errors.RelayError | None = None
@@ -197,10 +209,12 @@ class Stream:
         record = self.record
         record.first_byte = now - self._began
         record.upstream_request_id = head.fields.get("x-request-id") or head.fields.get("request-id") or ""
-        plain_events = (
-            sse.is_event_stream(head.fields.get("content-type", ""))
-            and head.fields.get("content-encoding", "identity").strip().lower() == "identity"
-        )
+        self._watch.answered(head.status, record.first_byte)
+        content_type = head.fields.get("content-type", "")
+        plain = head.fields.get("content-encoding", "identity").strip().lower() == "identity"
+        plain_events = plain and sse.is_event_stream(content_type)
+        if plain and (plain_events or content_type.startswith("application/json")):
+            self._excerpt = Excerpt()
         if self._held:
             if head.status != 200 or not plain_events:
                 raise errors.UpstreamFailed(
@@ -274,6 +288,8 @@ class Stream:
         record.bytes += len(data)
         if self._tracker is not None:
             self._tracker.feed(data)
+        if self._excerpt is not None:
+            self._excerpt.feed(data)
         return data
 
     def _silence(self, now: float) -> bytes:
@@ -366,7 +382,9 @@ class Stream:
         if self._lease is not None:
             self._lease.release()
         self._gave = now  # what the server still writes may get stuck too
-        self._ended(record)
+        if self._excerpt is not None:
+            record.usage = self._excerpt.usage()
+        self._watch.ended(record)
 
     def close(self) -> None:
         """The server is done with this response, for whatever reason."""

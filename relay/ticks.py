@@ -4,9 +4,10 @@ arrives differently was changed on the way. No upstream is involved, and no Flas
     GET {mount}/_relay/ticks?n=15&ms=200
 
 `n` events, `ms` apart, each with `pad` characters that cannot be compressed. `silence` is a pause in seconds after the
-first event, without heartbeats. `end=cut` breaks the connection off at the end, in place of the last chunk. Any other
-parameter is left alone, such as one that makes a request unlike the others. The first event tells what the relay has
-seen of the request: how the last hop speaks to it cannot be seen from the client's end.
+first event, without heartbeats. `end=cut` breaks the connection off at the end, in place of the last chunk.
+`framing=length` announces the body's length: nginx with buffering on passes chunks on as they come, and holds back
+what has a length. Any other parameter is left alone, such as one that makes a request unlike the others. The first
+event tells what the relay has seen of the request: how the last hop speaks to it cannot be seen from the client's end.
 """
 
 from __future__ import annotations
@@ -30,15 +31,17 @@ from relay.waiting import client as client_socket
 if TYPE_CHECKING:
     from relay.settings import Settings
 
+Headers = list[tuple[str, str]]
+
 #: What the stream's answer says of itself: the same as a relayed event stream's.
-HEADERS = [("Content-Type", f"{sse.MEDIA_TYPE}; charset=utf-8"), *SANDBOX, *UNBUFFERED]
+_HEADERS: Headers = [("Content-Type", f"{sse.MEDIA_TYPE}; charset=utf-8"), *SANDBOX, *UNBUFFERED]
 
 _MOST_SECONDS = 150.0  # of one stream: the usual 100 s of silence and some more
 _MOST_PADDING = 64 * 1024  # characters in one stream: it costs next to nothing
 #: Streams at a time in one process. A doctor has five open; in plain threads each takes one from the shop's pages.
 _MOST_OPEN, _MOST_OPEN_IN_THREADS = 20, 6
 #: Streams that may begin at once, and how many more each second, in one process. A doctor begins four to eight.
-_BURST, _EACH_SECOND = 60, 1.0
+_BURST, _EACH_SECOND = 100, 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,7 @@ class Plan:
     pad: int
     silence: float
     cut: bool
+    sized: bool
 
     @classmethod
     def of(cls, query: Mapping[str, str]) -> Plan:
@@ -60,6 +64,7 @@ class Plan:
             pad=_number(query, "pad", 0, 0, 4096),
             silence=_number(query, "silence", 0, 0, 120),
             cut=query.get("end", "") == "cut",
+            sized=query.get("framing", "") == "length",
         )
         if (plan.n - 1) * plan.interval + plan.silence > _MOST_SECONDS or plan.n * plan.pad > _MOST_PADDING:
             raise errors.BadRequest(
@@ -138,15 +143,19 @@ class Ticks:
         environ: Mapping[str, Any],
         settings: Settings,
         *,
+        start: Callable[[Headers], object],
         client: Any,
         closed: Callable[[], None],
     ) -> None:
-        """`client`: the client's socket, or None where the server does not show it. `closed` is called by `close`."""
+        """`start` is called once with the answer's headers. `client`: the client's socket, or None where the server
+        does not show it. `closed` is called by `close`."""
         self._plan = plan
+        self._start = start
         self._head = environ.get("REQUEST_METHOD") == "HEAD"
         self._http10 = environ.get("SERVER_PROTOCOL") == "HTTP/1.0"
+        self._run = os.urandom(8).hex()
         self._told = {
-            "run": os.urandom(8).hex(),
+            "run": self._run,
             "version": __version__,
             "heartbeat": settings.heartbeat,
             "hold": settings.hold if settings.heartbeat else 0,
@@ -172,22 +181,29 @@ class Ticks:
 
     def _all(self) -> Generator[bytes, None, None]:
         plan = self._plan
+        headers = list(_HEADERS)
+        if plan.sized:
+            headers.append(("Content-Length", str(sum(len(self._event(number, 0)) for number in range(plan.n)))))
+        self._start(headers)
         began = at = time.monotonic()
         for number in range(0 if self._head else plan.n):
             if number:
                 at += plan.interval + (plan.silence if number == 1 else 0)
                 if not self._until(at):
-                    error = errors.Drained("the relay is restarting; the ticks are not complete")
-                    yield sse.error_frame(error.json(""))
+                    if not plan.sized:
+                        yield sse.error_frame(errors.Drained("the relay is restarting").json(self._run))
                     self._cut()
-            tick: dict[str, Any] = {"tick": number, "of": plan.n, "ms": round((time.monotonic() - began) * 1000, 1)}
-            if not number:
-                tick |= self._told
-            if plan.pad:
-                tick["pad"] = base64.b64encode(os.urandom(plan.pad)).decode()[: plan.pad]
-            yield b"data: " + json.dumps(tick).encode() + b"\n\n"
+            yield self._event(number, (time.monotonic() - began) * 1000)
         if plan.cut and not self._head:
             self._cut()
+
+    def _event(self, number: int, ms: float) -> bytes:
+        """One event; its length does not depend on the time."""
+        more = self._told if number == 0 else {}
+        if self._plan.pad:
+            more = more | {"pad": base64.b64encode(os.urandom(self._plan.pad)).decode()[: self._plan.pad]}
+        rest = json.dumps({"of": self._plan.n, **more})[1:]
+        return f'data: {{"tick": {number}, "ms": {ms:8.1f}, {rest}\n\n'.encode()
 
     def _until(self, at: float) -> bool:
         """Wait until then. False: the drain is over first. Raises StreamCut when the client has left."""

@@ -76,7 +76,8 @@ def test_the_table_of_settings_is_that_of_the_code() -> None:
 
 
 def test_every_setting_that_is_named_exists() -> None:
-    named = set(re.findall(r"\bRELAY_[A-Z_]*[A-Z]\b", README)) - {"RELAY_PORT", "RELAY_SERVICE"}
+    # The first two are Kubernetes', the last is the doctor's.
+    named = set(re.findall(r"\bRELAY_[A-Z_]*[A-Z]\b", README)) - {"RELAY_PORT", "RELAY_SERVICE", "RELAY_CLIENT_KEY"}
     assert named == {setting.name for setting in SETTINGS}
 
 
@@ -173,7 +174,7 @@ def test_every_route_is_told() -> None:
     routes = {re.sub(r"/(<.*>)?$", "/…", route) for route in routes}
     assert "/health" in routes
     assert [
-        route for route in routes if not re.search(rf"`(GET )?{re.escape(route)}`", section("What it answers"))
+        route for route in routes if not re.search(rf"`((GET|POST) )?{re.escape(route)}`", section("What it answers"))
     ] == []
 
 
@@ -355,22 +356,18 @@ def test_what_is_said_not_to_be_there_yet_is_not_there_yet(demo: Gunicorn) -> No
     """Whoever builds it must say so in the README, and here."""
     tool = _script(REPO / "tools/settings-table")
     marked = {name.removeprefix("RELAY_") for name, note in tool.NOTES.items() if "in effect yet" in note}
-    assert marked == {"CHAT_MODEL", "CORS_ORIGINS", "LIMITS_URL", "MODELS", "RATE_LIMIT"}
+    assert marked == {"CHAT_MODEL", "CORS_ORIGINS"}
     with Upstream() as upstream:
         path = upstream.serve(lambda ex: ex.reply(b"{}"))
         env = {
             "RELAY_UPSTREAM_URL": upstream.base_url,
-            "RELAY_MODELS": "only-this-one",
-            "RELAY_RATE_LIMIT": "1/day",
             "RELAY_CORS_ORIGINS": "https://shop.example",
         }
         with servers.gunicorn(env) as relay:
-            for _ in range(3):
-                assert request(relay.port, "POST", "/v1" + path, body=b'{"model": "another-one"}').status == 200
             origin = {"Origin": "https://shop.example", "Access-Control-Request-Method": "POST"}
             preflight = request(relay.port, "OPTIONS", "/v1" + path, origin)
             assert preflight.all("Access-Control-Allow-Origin") == []
-    for route in ("/", "/ticket", "/api/stream-chat", "/chat/stream", "/stream/aware", "/relay-client.js", "/streams"):
+    for route in ("/", "/api/stream-chat", "/chat/stream", "/stream/aware", "/relay-client.js", "/streams"):
         assert request(demo.port, "GET", route).status == 404
 
 
@@ -411,7 +408,7 @@ def test_every_command_that_is_named_exists() -> None:
     from relay.cli import commands
 
     named = set(re.findall(r"`(?:(?:\.venv/bin/)?python -m )?relay ([a-z-]+)", README))
-    assert named - {"doctor"} == set(commands.commands)
+    assert named == set(commands.commands)
 
 
 # --- The house

@@ -15,11 +15,11 @@ PACKAGE = Path(relay.__file__).parent
 
 # DESIGN.md, "The house". A new module gets its floor here: the lowest on which it can stand.
 FLOORS = {
-    0: ["sse", "headers", "errors", "paths", "http1", "record", "version"],
+    0: ["sse", "headers", "errors", "paths", "http1", "record", "usage", "version"],
     1: ["settings", "waiting", "limits", "environment", "cpus", "metrics", "names", "drain", "keys"],
-    2: ["upstream", "exchange", "stream", "incoming", "access", "log"],
+    2: ["upstream", "exchange", "stream", "incoming", "access", "log", "rates", "shared", "ticks"],
     3: ["health", "mount", "blueprint"],
-    4: ["app", "demo", "cli", "gunicorn_conf", "worker", "__main__"],
+    4: ["app", "demo", "cli", "doctor", "gunicorn_conf", "worker", "__main__"],
 }
 FLOOR = {f"relay.{name}": floor for floor, names in FLOORS.items() for name in names}
 

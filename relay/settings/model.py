@@ -135,6 +135,11 @@ class Settings:
         """Whether requests go upstream with a key of the relay's: `upstream_key`, a fixed header's or query's."""
         return carries_key(self.upstream_key, self.upstream_headers, self.upstream_query)
 
+    @property
+    def shares_limits(self) -> bool:
+        """Whether limits are counted for all workers and hosts together: in Redis, at `limits_url`."""
+        return not self.limits_url.startswith("memory:")
+
     def __repr__(self) -> str:
         """Every setting but the secret ones, of which only shows whether they are set."""
         shown = ", ".join(f"{field.name}={self._repr_of(field.name)}" for field in fields(self))

@@ -27,8 +27,8 @@ PORTS = range(1, 65536)
 _LONGEST_HOST = 253  # RFC 1035 §2.3.4, without the root's dot
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
-# Those of the library `limits` that count for several hosts.
-_LIMITS_SCHEMES = frozenset({"redis", "rediss", "redis+unix", "redis+sentinel", "redis+cluster"})
+# What both redis-py and the library `limits` reach one Redis by.
+_LIMITS_SCHEMES = frozenset({"redis", "rediss", "redis+unix"})
 
 # What the relay itself answers (DESIGN.md, "What it answers"). A mount on or above
 # one of these would hide it.
@@ -172,6 +172,10 @@ def _limits_url(value: object) -> str:
         return text
     if not mark or scheme not in _LIMITS_SCHEMES or not rest:
         raise FaultError
+    try:
+        _ = urlsplit(text).port
+    except ValueError:
+        raise FaultError from None
     return text
 
 

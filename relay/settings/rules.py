@@ -72,11 +72,37 @@ def _two_addresses(values: Values) -> str:
     return f"RELAY_ADMIN_BIND = {admin!r}: must differ from RELAY_BIND, which is {bind!r}"
 
 
+def _rates_can_be_counted(values: Values) -> str:
+    if values["rate_limit"] is None or _installed("limits"):
+        return ""
+    return f"RELAY_RATE_LIMIT = {values['rate_limit']!r}: needs the package limits; pip install limits"
+
+
+def _redis_can_be_asked(values: Values) -> str:
+    used = values["rate_limit"] is not None or values["max_streams_per_client"]
+    if not used or values["limits_url"].startswith("memory:") or _installed("redis"):
+        return ""
+    return "RELAY_LIMITS_URL = (not shown): needs the package redis; pip install 'redis<8'"
+
+
+def _installed(package: str) -> bool:
+    from importlib.util import find_spec
+
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
 _Rule: TypeAlias = tuple[tuple[str, ...], Callable[[Values], str]]
 _KEY = ("upstream_key", "upstream_headers", "upstream_query")
 
 # What a rule reads, and the rule.
-_ALWAYS: tuple[_Rule, ...] = ((("upstream_key", "upstream_key_header", "upstream_headers"), _one_key_header),)
+_ALWAYS: tuple[_Rule, ...] = (
+    (("upstream_key", "upstream_key_header", "upstream_headers"), _one_key_header),
+    (("rate_limit",), _rates_can_be_counted),
+    (("rate_limit", "max_streams_per_client", "limits_url"), _redis_can_be_asked),
+)
 _MOUNTED: tuple[_Rule, ...] = ((("upstream_url",), _mounted_upstream),)
 _IN_SERVICE: tuple[_Rule, ...] = (
     (("upstream_url", "bind"), _demo_on_loopback),

@@ -1,0 +1,98 @@
+"""RELAY_RATE_LIMIT: so many requests in a time for each client. The library `limits` counts, in memory or in Redis.
+
+Knows nothing of HTTP but the names of its headers.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from relay import errors
+from relay.metrics import metrics
+
+if TYPE_CHECKING:
+    from limits import RateLimitItem, WindowStats
+    from limits.strategies import RateLimiter
+
+    from relay.shared import Store
+
+
+class Rates:
+    """The budget of requests of each client of one relay."""
+
+    def __init__(self, rate: str, name: str, store: Store | None) -> None:
+        """`rate`: such as `60/minute`, several of them separated by semicolons. `name`: the relay's. `store`: where
+        workers and hosts count together; None: in this process."""
+        from limits import parse_many
+
+        # The shortest time first: what it refuses does not cost anything of the longer ones' budgets.
+        self._rates = sorted(parse_many(rate), key=lambda item: item.get_expiry())
+        self._name = f"relay:{name}"  # among others who use `limits` in the same Redis
+        self._store = store
+
+    @cached_property
+    def _limiter(self) -> RateLimiter:
+        # Made at the first request: the storage in memory starts a timer.
+        from limits.storage import MemoryStorage, RedisStorage
+        from limits.strategies import SlidingWindowCounterRateLimiter
+
+        # A window that slides: a fixed one lets twice as many through around its end. It keeps two numbers for a client
+        # and not a time for each request, and in Redis it goes by Redis' clock, not by the hosts'.
+        if self._store is None:
+            return SlidingWindowCounterRateLimiter(MemoryStorage())
+        return SlidingWindowCounterRateLimiter(RedisStorage("redis://", connection_pool=self._store.pool))
+
+    def take(self, client: str) -> list[tuple[str, str]]:
+        """Count a request of `client`; what is left of its budget, as response headers.
+
+        Raises TooMany. Without an answer from Redis it counts nothing, and gives no headers.
+        """
+        if self._store is None:
+            counted: tuple[RateLimitItem, WindowStats, bool] | None = self._count(client)
+        else:
+            counted = self._store.ask(lambda: self._count(client))
+        if counted is None:
+            metrics().limits_failed()
+            return []
+        rate, budget, granted = counted
+        seconds = math.ceil(budget.reset_time - time.time())
+        if seconds <= 0:
+            # Where time is counted in milliseconds, `limits` takes a window in its first one for one that is over.
+            seconds = rate.get_expiry() if granted and budget.remaining < rate.amount else 1
+        # The names of draft-ietf-httpapi-ratelimit-headers-03 to -07, in seconds from now. Not X-RateLimit-…: these are
+        # what upstreams send of their own budgets, partly as points in time, and a client must not take ours for those.
+        headers = [
+            ("RateLimit-Limit", str(rate.amount)),
+            ("RateLimit-Remaining", str(budget.remaining if granted else 0)),
+            ("RateLimit-Reset", str(seconds)),
+        ]
+        if not granted:
+            refusal = errors.TooMany(
+                f"this client has sent more than {rate.amount} requests in {_words(rate)} (RELAY_RATE_LIMIT)",
+                retry_after=seconds,
+            )
+            refusal.fields = headers
+            raise refusal
+        return headers
+
+    def _count(self, client: str) -> tuple[RateLimitItem, WindowStats, bool]:
+        """The rate of which least is left (or the one that is used up), what is left, and whether that was enough."""
+        limiter = self._limiter
+        tightest: tuple[RateLimitItem, WindowStats, bool] | None = None
+        for rate in self._rates:
+            granted = limiter.hit(rate, self._name, client)
+            budget = limiter.get_window_stats(rate, self._name, client)
+            if tightest is None or not granted or budget.remaining < tightest[1].remaining:
+                tightest = rate, budget, granted
+            if not granted:
+                break
+        assert tightest is not None  # noqa: S101 - for the type checker: there is at least one rate
+        return tightest
+
+
+def _words(rate: RateLimitItem) -> str:
+    name = rate.GRANULARITY.name
+    return f"{rate.multiples} {name}{'s' if rate.multiples > 1 else ''}"

@@ -1,0 +1,207 @@
+"""What workers and hosts count together, in Redis. Waits are short, and without Redis nothing is counted.
+
+Only what needs it imports this module's library: `import relay.shared` does without.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TypeVar
+
+from relay import log
+from relay.metrics import metrics
+
+#: Seconds for a connection, for an answer, and for a free connection. A Redis nearby answers within a millisecond.
+_WAIT = 0.25
+#: Connections to Redis of one worker; each is busy for one round trip at a time.
+_CONNECTIONS = 20
+#: Seconds for which nobody asks again after a failure: a Redis that hangs holds one request in so many seconds.
+_PAUSE = 2.0
+#: Seconds between two log lines about it, however often it comes and goes.
+_SAY_AGAIN = 10.0
+
+#: Milliseconds that a lease lasts unless its worker renews it: how long a worker's death keeps its clients' budgets.
+_LEASE_MS = 10_000
+#: Seconds between two renewals: two of them may fail before a lease runs out.
+_RENEW = 3.0
+#: Leases in one command: Redis serves nobody else meanwhile, and neither does the worker that puts it together.
+_AT_A_TIME = 200
+#: Seconds after which a client that has no stream free is looked at once more. Leases are given back behind the
+#: response, so one that ends a stream and asks for the next may be faster.
+_LOOK_AGAIN = 0.05
+
+# All clocks are Redis', in milliseconds: hosts need not agree on the time. A client's leases are a sorted set by the
+# time at which they run out; the set goes with the last of them.
+_NOW = "local now = redis.call('TIME')\nnow = now[1] * 1000 + math.floor(now[2] / 1000)\n"
+_TAKE = f"""{_NOW}
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
+if redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[1]) then return 0 end
+redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[3])
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+return 1
+"""
+_RENEW_ALL = f"""{_NOW}
+for i = 1, #KEYS do
+    redis.call('ZADD', KEYS[i], now + ARGV[1], ARGV[i + 1])
+    redis.call('PEXPIRE', KEYS[i], ARGV[1])
+end
+return 1
+"""
+_GIVE_BACK = """
+for i = 1, #KEYS do redis.call('ZREM', KEYS[i], ARGV[i]) end
+return 1
+"""
+
+_Answer = TypeVar("_Answer")
+
+
+class Store:
+    """The Redis at one URL, as one relay of this process sees it. Connects when it is first asked."""
+
+    def __init__(self, url: str) -> None:
+        """Raises ValueError or TypeError for a URL that redis-py does not understand."""
+        import redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+
+        self.pool = redis.BlockingConnectionPool.from_url(
+            url.replace("redis+unix://", "unix://"),
+            max_connections=_CONNECTIONS,
+            timeout=_WAIT,
+            socket_timeout=_WAIT,
+            socket_connect_timeout=_WAIT,
+            retry=Retry(NoBackoff(), 0),  # its default tries for seconds
+        )
+        self.pool.connection_class(**self.pool.connection_kwargs)  # not connected; refuses options that it has not
+        self.client = redis.Redis(connection_pool=self.pool)
+        self._failures = (redis.RedisError, OSError)
+        self._away = False
+        self._ask_at = 0.0  # while it is away: when somebody tries again, monotonic seconds
+        self._say_at = 0.0
+        self._said_away = False
+
+    def ask(self, question: Callable[[], _Answer]) -> _Answer | None:
+        """What `question`, which uses the client, returns. None: no answer came, or none was waited for."""
+        if self._away:
+            now = time.monotonic()
+            if now < self._ask_at:
+                return None
+            self._ask_at = now + _PAUSE  # one tries; those who come meanwhile do not wait
+        try:
+            answer = question()
+        except self._failures as error:
+            self._failed(error)
+            return None
+        if self._away:
+            self._away = False
+            self._came_back()
+        return answer
+
+    def _failed(self, error: Exception) -> None:
+        now = time.monotonic()
+        self._away, self._ask_at = True, now + _PAUSE
+        if now >= self._say_at:
+            self._say_at = now + _SAY_AGAIN
+            self._said_away = True
+            log.event(
+                "limits_away",
+                message="RELAY_LIMITS_URL does not answer: requests pass uncounted",
+                error=f"{type(error).__name__}: {error}"[:200],
+            )
+
+    def _came_back(self) -> None:
+        if self._said_away:
+            self._said_away = False
+            log.event("limits_back", message="RELAY_LIMITS_URL answers again: requests are counted")
+
+
+class Leases:
+    """How many streams each client has open, at all workers and hosts together.
+
+    A worker renews its leases, in a thread (under gevent: a greenlet) of their own. Those of one that died run out.
+    """
+
+    def __init__(self, store: Store, name: str, most: int) -> None:
+        """`name`: whose streams these are, the relay's. `most`: for one client."""
+        self._store = store
+        self._prefix = f"relay:streams:{name}:"
+        self._most = most
+        self._take = store.client.register_script(_TAKE)
+        self._renew_all = store.client.register_script(_RENEW_ALL)
+        self._give_back = store.client.register_script(_GIVE_BACK)
+        self._worker = os.urandom(8).hex()
+        self._numbers = itertools.count()
+        self._held: dict[str, str] = {}  # each lease's name, and the set that it is in
+        self._over: deque[tuple[str, str]] = deque()
+        self._wake = threading.Event()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def take(self, client: str) -> str:
+        """A lease's name; empty if the client has as many as it may. With no answer from Redis everybody gets one."""
+        lease, key = f"{self._worker}:{next(self._numbers)}", self._prefix + client
+
+        def taken() -> int:
+            return int(self._take([key], [self._most, _LEASE_MS, lease]))
+
+        answer = self._store.ask(taken)
+        if answer == 0:
+            time.sleep(_LOOK_AGAIN)
+            answer = self._store.ask(taken)
+            if answer == 0:
+                return ""
+        if answer is None:
+            metrics().limits_failed()
+        self._held[lease] = key  # one that was not counted now will be when it is renewed
+        if self._thread is None:
+            self._start()
+        return lease
+
+    def give_back(self, lease: str) -> None:
+        """Never waits: it is sent from elsewhere."""
+        key = self._held.pop(lease, None)
+        if key is not None:
+            self._over.append((key, lease))
+            self._wake.set()
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._keep, name="relay-leases", daemon=True)
+                self._thread.start()
+
+    def _keep(self) -> None:
+        # One thread sends both, so that a renewal never overtakes a lease that is given back.
+        renew_at = time.monotonic() + _RENEW
+        while True:
+            self._wake.wait(max(renew_at - time.monotonic(), 0))
+            self._wake.clear()
+            try:
+                self._send_back()
+                if time.monotonic() >= renew_at:
+                    renew_at = time.monotonic() + _RENEW
+                    self._renew()
+            except Exception:  # noqa: BLE001 - a thread that ends would let all leases run out
+                log.logger.exception("leases in Redis could not be renewed")
+                time.sleep(_RENEW)
+
+    def _send_back(self) -> None:
+        while self._over:
+            pairs = [self._over.popleft() for _ in range(min(len(self._over), _AT_A_TIME))]
+            keys, leases = [key for key, _ in pairs], [lease for _, lease in pairs]
+            # What does not arrive runs out by itself.
+            self._store.ask(lambda keys=keys, leases=leases: self._give_back(keys, leases))  # type: ignore[misc]
+
+    def _renew(self) -> None:
+        held = list(self._held.items())
+        for start in range(0, len(held), _AT_A_TIME):
+            part = held[start : start + _AT_A_TIME]
+            keys, leases = [key for _, key in part], [lease for lease, _ in part]
+            self._store.ask(
+                lambda keys=keys, leases=leases: self._renew_all(keys, [_LEASE_MS, *leases])  # type: ignore[misc]
+            )

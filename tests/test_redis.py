@@ -1,0 +1,288 @@
+"""Limits in Redis: workers and hosts share one budget, a worker's death gives its part back, and without Redis the
+relay serves on and says so."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+from harness import eventually, servers
+from harness.client import Connection, request
+from harness.redis import Redis, redis_server
+from harness.upstream import Exchange, Upstream
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from harness.client import Response
+    from harness.servers import Gunicorn
+
+RATE = 6  # requests an hour
+STREAMS = 2  # at a time
+
+_numbers = itertools.count(1)
+
+
+def address() -> str:
+    """A client that no other test is."""
+    return f"198.51.100.{next(_numbers)}"
+
+
+@pytest.fixture(scope="module")
+def redis() -> Iterator[Redis]:
+    with redis_server() as server:
+        yield server
+
+
+def stream(ex: Exchange) -> None:
+    ex.head(headers=[("Content-Type", "text/event-stream")])
+    ex.send(b"data: 1\n\n")
+    ex.wait_gone(40)
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[Upstream]:
+    with Upstream(lambda ex: ex.reply(b"{}")) as server:
+        server.serve(stream, "/events")
+        yield server
+
+
+def settings(upstream: Upstream, redis: Redis, **more: str) -> dict[str, str]:
+    return {
+        "RELAY_UPSTREAM_URL": upstream.base_url,
+        "RELAY_LIMITS_URL": redis.url,
+        "RELAY_DRAIN": "0",
+        **{f"RELAY_{name.upper()}": value for name, value in more.items()},
+    }
+
+
+@pytest.fixture(scope="module")
+def rated(upstream: Upstream, redis: Redis) -> Iterator[tuple[Gunicorn, Gunicorn]]:
+    """Two hosts with one rate; the second has two workers."""
+    env = settings(upstream, redis, rate_limit=f"{RATE}/hour")
+    with servers.gunicorn(env) as one, servers.gunicorn(env | {"WEB_CONCURRENCY": "2"}) as other:
+        yield one, other
+
+
+@pytest.fixture(scope="module")
+def limited(upstream: Upstream, redis: Redis) -> Iterator[tuple[Gunicorn, Gunicorn]]:
+    """Two hosts with so many streams for a client."""
+    env = settings(upstream, redis, max_streams_per_client=str(STREAMS))
+    with servers.gunicorn(env) as one, servers.gunicorn(env) as other:
+        yield one, other
+
+
+def get(relay: Gunicorn, client: str, path: str = "/v1/x") -> Response:
+    response = request(relay.port, "GET", path, {"X-Forwarded-For": client})
+    response.finish()
+    return response
+
+
+def open_stream(relay: Gunicorn, client: str) -> Response:
+    """A stream whose first event is there, or a refusal."""
+    connection = Connection(relay.port)
+    connection.send("GET", "/v1/events", {"X-Forwarded-For": client, "Accept": "text/event-stream"})
+    response = connection.read_head()
+    if response.status == 200:
+        assert response.read_event() == b"data: 1\n\n"
+    return response
+
+
+def status_of_a_stream(relay: Gunicorn, client: str) -> int:
+    response = open_stream(relay, client)
+    response.close()
+    return response.status
+
+
+def metric(relay: Gunicorn, name: str) -> float:
+    text = request(relay.admin_port, "GET", "/metrics").finish().data.decode()
+    return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name))
+
+
+# --- One budget
+
+
+def test_two_hosts_share_one_rate(rated: tuple[Gunicorn, Gunicorn]) -> None:
+    client = address()
+    left = []
+    for relay in itertools.islice(itertools.cycle(rated), RATE):
+        response = get(relay, client)
+        assert response.status == 200
+        left.append(int(response.header("RateLimit-Remaining") or -1))
+    assert left == list(range(RATE - 1, -1, -1))
+    for relay in rated:
+        refused = get(relay, client)
+        assert refused.status == 429
+        assert json.loads(refused.body)["error"]["code"] == "rate_limit_exceeded"
+        assert 1 <= int(refused.header("Retry-After") or 0) <= 2 * 3600
+    assert get(rated[0], address()).status == 200, "the others do not feel it"
+
+
+def test_two_hosts_share_one_number_of_streams(limited: tuple[Gunicorn, Gunicorn]) -> None:
+    client = address()
+    held = [open_stream(relay, client) for relay in limited]
+    assert [response.status for response in held] == [200, 200]
+    for relay in limited:
+        refused = open_stream(relay, client)
+        assert refused.status == 429
+        assert json.loads(refused.finish().data)["error"]["code"] == "too_many_streams"
+        assert refused.header("Retry-After") == b"1"
+    assert status_of_a_stream(limited[0], address()) == 200, "the others do not feel it"
+    held[0].close()
+    eventually(lambda: status_of_a_stream(limited[1], client) == 200, "the slot of one host is free at the other")
+    held[1].close()
+
+
+def test_requests_one_after_another_are_never_too_many(limited: tuple[Gunicorn, Gunicorn]) -> None:
+    """Slots are given back behind the response, and the next request may come sooner."""
+    client = address()
+    first = open_stream(limited[0], client)
+    assert [get(relay, client).status for relay in limited * 20] == [200] * 40
+    first.close()
+
+
+def test_addresses_of_one_ipv6_network_are_one_client(rated: tuple[Gunicorn, Gunicorn]) -> None:
+    for number in range(RATE):
+        assert get(rated[0], f"2001:db8:0:7:{number:x}::1").status == 200
+    assert get(rated[1], "2001:db8:0:7:ffff::9").status == 429
+    assert get(rated[1], "2001:db8:0:8::1").status == 200
+
+
+# --- A death
+
+
+def test_a_host_that_was_killed_gives_its_streams_back(
+    limited: tuple[Gunicorn, Gunicorn], upstream: Upstream, redis: Redis
+) -> None:
+    """Its leases run out, and only its own: those of the living are renewed."""
+    client, other = address(), address()
+    kept = [open_stream(limited[0], other) for _ in range(STREAMS)]
+    with servers.gunicorn(settings(upstream, redis, max_streams_per_client=str(STREAMS))) as dying:
+        held = [open_stream(dying, client) for _ in range(STREAMS)]
+        assert [response.status for response in held] == [200] * STREAMS
+        assert status_of_a_stream(limited[0], client) == 429
+        os.killpg(dying.pid, signal.SIGKILL)
+        killed = time.monotonic()
+        assert status_of_a_stream(limited[0], client) == 429
+        free = eventually(lambda: status_of_a_stream(limited[0], client) == 200, "its leases have run out", 20, 0.2)
+        assert free - killed < 15
+    assert status_of_a_stream(limited[1], other) == 429, "a stream that lives longer than a lease keeps its place"
+    for response in kept:
+        response.close()
+
+
+# --- Without Redis
+
+
+def test_without_redis_requests_pass_and_metric_and_log_say_so(upstream: Upstream) -> None:
+    client = address()
+    with redis_server() as redis:
+        env = settings(upstream, redis, rate_limit="2/hour", max_streams_per_client="1")
+        with servers.gunicorn(env) as relay:
+            assert [get(relay, client).status for _ in range(3)] == [200, 200, 429]
+            assert metric(relay, "relay_limits_errors_total") == 0
+
+            redis.stop()
+            began = time.monotonic()
+            first, second = open_stream(relay, client), open_stream(relay, client)
+            assert (first.status, second.status) == (200, 200)
+            for _ in range(20):
+                response = get(relay, client)
+                assert response.status == 200
+                assert response.header("RateLimit-Remaining") is None, "nobody has counted"
+            assert time.monotonic() - began < 5
+            assert metric(relay, "relay_limits_errors_total") >= 40
+            assert relay.log().count('"limits_away"') == 1
+            assert "limits_back" not in relay.log()
+
+            redis.start_again()
+            eventually(lambda: get(relay, client).status == 429, "requests are counted again")
+            eventually(
+                lambda: status_of_a_stream(relay, client) == 429,
+                "streams that began without Redis are counted now",
+                every=0.2,
+            )
+            assert '"limits_back"' in relay.log()
+            assert relay.log().count('"limits_away"') == 1
+            first.close()
+            second.close()
+
+
+def test_a_redis_that_hangs_holds_nobody_for_long(upstream: Upstream) -> None:
+    client = address()
+    with redis_server() as redis:
+        env = settings(upstream, redis, rate_limit="1/hour", max_streams_per_client="1")
+        with servers.gunicorn(env) as relay:
+            assert get(relay, client).status == 200
+            redis.hang()
+            longest = 0.0
+            began = time.monotonic()
+            while time.monotonic() - began < 2.5:  # over more than one pause, so that it is tried again
+                at = time.monotonic()
+                assert get(relay, client).status == 200
+                longest = max(longest, time.monotonic() - at)
+            assert longest < 1.5, "its connection, and once an answer"
+            redis.go_on()
+            eventually(lambda: get(relay, client).status == 429, "counted again")
+
+
+def test_redis_need_not_be_there_when_the_relay_starts(upstream: Upstream) -> None:
+    env = {
+        "RELAY_UPSTREAM_URL": upstream.base_url,
+        "RELAY_RATE_LIMIT": "1/hour",
+        "RELAY_LIMITS_URL": f"redis://:the-password@127.0.0.1:{servers.free_port()}",
+    }
+    with servers.gunicorn(env) as relay:
+        assert [get(relay, address()).status for _ in range(3)] == [200] * 3
+        assert '"limits_away"' in relay.log()
+        assert "the-password" not in relay.log()
+
+
+# --- What stands in Redis
+
+
+def test_nothing_stays_in_redis_and_no_key_is_ever_in_it(upstream: Upstream) -> None:
+    import redis as library
+
+    with redis_server() as redis:
+        env = settings(upstream, redis, rate_limit="9/hour", max_streams_per_client="3", client_keys="the-secret")
+        with servers.gunicorn(env) as relay, library.Redis(port=redis.port, decode_responses=True) as look:
+            connection = Connection(relay.port)
+            connection.send("GET", "/v1/events", {"x-api-key": "the-secret", "Accept": "text/event-stream"})
+            response = connection.read_head()
+            response.read_event()
+            names = look.keys()
+            assert len([name for name in names if name.startswith("relay:streams:relay:key:")]) == 1
+            assert not [name for name in names if "the-secret" in name]
+            assert [name for name in names if look.ttl(name) < 0] == [], "each runs out by itself"
+            response.close()
+            eventually(lambda: look.keys("relay:streams:*") == [], "the lease is given back")
+
+
+# --- Under plain threads
+
+
+def test_plain_threads_share_the_budget_too(upstream: Upstream, redis: Redis, tmp_path: Path) -> None:
+    """A shop under gunicorn's threads: leases are renewed and given back by a thread."""
+    (tmp_path / "shop.py").write_text(
+        "from flask import Flask\nfrom relay import Relay\n"
+        "app = Flask(__name__)\n"
+        f"Relay(app, url_prefix='/v1', settings={{'RELAY_UPSTREAM_URL': {upstream.base_url!r},\n"
+        f"    'RELAY_LIMITS_URL': {redis.url!r}, 'RELAY_RATE_LIMIT': '50/hour', 'RELAY_MAX_STREAMS_PER_CLIENT': 1,\n"
+        "    'RELAY_MAX_STREAMS': 4}, name='shop')\n"
+    )
+    client, other = address(), address()
+    args = ["-k", "gthread", "--threads", "8", "--workers", "2"]
+    with servers.gunicorn({"PYTHONPATH": str(tmp_path)}, "shop:app", None, args, ready=None) as shop:
+        first = open_stream(shop, client)
+        assert (first.status, first.header("RateLimit-Remaining")) == (200, b"49")
+        assert status_of_a_stream(shop, client) == 429
+        first.close()
+        eventually(lambda: status_of_a_stream(shop, client) == 200, "given back", every=0.3)
+        assert [get(shop, other).status for _ in range(51)] == [200] * 50 + [429]
