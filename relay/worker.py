@@ -24,7 +24,7 @@ from gunicorn.workers.ggevent import GeventWorker
 
 from relay import errors
 from relay.drain import drain
-from relay.waiting.client import gone
+from relay.waiting.client import break_off, gone
 
 #: Seconds between two looks at idle connections while the worker drains.
 _LOOK = 0.1
@@ -67,7 +67,8 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._idle: dict[Any, float] = {}  # client connections without a request, and since when (monotonic)
+        self._clients: set[Any] = set()  # their connections
+        self._idle: dict[Any, float] = {}  # those without a request, and since when (monotonic)
         self._loop_is_over = False
         logging.getLogger("gunicorn.error").addFilter(_not_the_network)
 
@@ -84,14 +85,17 @@ class Worker(GeventWorker):  # type: ignore[misc]
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
         if type(client) is gevent.socket.socket:
             client.__class__ = _Client
+        self._clients.add(client)
         self._idle[client] = time.monotonic()
         try:
             super().handle(listener, client, addr)
         finally:
+            self._clients.discard(client)
             self._idle.pop(client, None)
 
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
         self._idle.pop(sock, None)
+        req.version = min(req.version, (1, 1))  # gunicorn would answer HTTP/1.2 in HTTP/1.2 (RFC 9110 section 2.5)
         super().handle_request(listener_name, req, sock, addr)
         now = time.monotonic()
         if now >= drain.at:
@@ -140,6 +144,10 @@ class Worker(GeventWorker):  # type: ignore[misc]
                         pass
             if now >= drain.at + _LAST_WORD:
                 drain.break_writes()
+            if now >= drain.at + 3 * _LAST_WORD:
+                # All streams are over. A request whose body does not come never became one.
+                for client in list(self._clients):
+                    break_off(client)
             gevent.sleep(_LOOK)
 
     # Refusing.

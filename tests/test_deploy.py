@@ -422,3 +422,12 @@ def test_a_fault_is_found(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert "terminationGraceSeconds" in done.stderr
+
+
+def test_what_security_md_names_is_there() -> None:
+    text = (REPO / "SECURITY.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"test_\w+\.py", text))
+    assert len(named) > 10
+    assert [name for name in named if not (REPO / "tests" / name).exists()] == []
+    settings = set(re.findall(r"\bRELAY_[A-Z_]*[A-Z]\b", text))
+    assert settings <= {setting.name for setting in SETTINGS}

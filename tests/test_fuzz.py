@@ -18,15 +18,18 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import pytest
 from harness import DEADLINE, eventually, servers
 from harness.client import Chunked, request
-from harness.servers import Gunicorn
 from harness.upstream import Exchange, Upstream
 
+if TYPE_CHECKING:
+    from harness.servers import Gunicorn
+
 SEED = int(os.environ.get("RELAY_TEST_SEED", "0")) or random.SystemRandom().randrange(1, 2**32)
-REQUESTS = 21_000
+REQUESTS = 25_000
 AT_A_TIME = 24  # connections
 #: Seconds after which the client says that nothing more comes: what waits for the rest of a request must end then.
 PATIENCE = 0.15
@@ -78,7 +81,7 @@ class Talk:
 
 
 class Generator:
-    """Requests from a seed: valid ones with a tag, and hostile ones of every kind that a parser has been fooled with."""
+    """Requests from a seed: valid ones with a tag, and hostile ones of every kind that has fooled a parser."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -95,8 +98,8 @@ class Generator:
         self.count += 1
         return b"t%d-%d." % (self.seed, self.count)
 
-    def valid(self, *, close: bool = False) -> Sent:
-        """A request that must be answered, in any of the forms that HTTP has for one."""
+    def valid(self, *, close: bool = False, inside: bytes = b"/v1/inside") -> Sent:
+        """A request that must be answered, in any of the forms that HTTP has for one. `inside`: a path in its body."""
         pick = self.random
         tag = self.new_tag()
         method = pick.choice([b"GET", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"])
@@ -105,15 +108,13 @@ class Generator:
         if pick.random() < 0.4:
             target += b"?" + self.bytes_of(PATH + b"/?%", 0, 40)
         headers = [b"Host: localhost", b"X-Tag: " + tag]
-        for _ in range(pick.randint(0, 4)):
-            # Letters first and last: no name that means something to anybody.
-            headers.append(
-                b"Zz" + self.bytes_of(TOKENS.replace(b"_", b""), 1, 12) + b"z: " + self.bytes_of(PATH, 0, 30)
-            )
+        # Letters first and last: no name that means something to anybody.
+        names = [b"Zz" + self.bytes_of(TOKENS.replace(b"_", b""), 1, 12) + b"z" for _ in range(pick.randint(0, 4))]
+        headers += [name + b": " + self.bytes_of(PATH, 0, 30) for name in names]
         body = b""
         if method in (b"POST", b"PUT", b"PATCH") or pick.random() < 0.1:
             # A body that is itself a request: whoever loses count would take it for one.
-            body = pick.choice([self.noise(200), b"GET /v1/smuggled HTTP/1.1\r\nHost: localhost\r\nX-Tag: s\r\n\r\n"])
+            body = pick.choice([self.noise(200), b"GET " + inside + b" HTTP/1.1\r\nHost: localhost\r\n\r\n"])
         if body and pick.random() < 0.4:
             headers.append(b"Transfer-Encoding: " + pick.choice([b"chunked", b"Chunked", b"CHUNKED"]))
             framed = self.chunked(body)
@@ -157,7 +158,7 @@ class Generator:
 
     def mutated(self) -> bytes:
         """A valid request in which bytes were lost, doubled, put in or changed."""
-        data = bytearray(self.valid().data)
+        data = bytearray(self.valid(inside=b"/v1/perhaps").data)
         for _ in range(self.random.randint(1, 4)):
             at = self.random.randrange(len(data) or 1)
             what = self.random.randrange(4)
@@ -203,8 +204,10 @@ class Generator:
             lambda: b"X" + pick.choice(HOSTILE_BYTES) + b"A: b",
             lambda: b"X-A: " + b"h" * pick.choice([16_000, 16_380, 17_000, 70_000]),
             lambda: b"\r\n".join(b"X-%d: y" % n for n in range(pick.choice([90, 101, 300]))),
-            lambda: b"Host: " + pick.choice([b"evil.example", b"", b"a b", b"[::1", b"localhost:99999", b"\xff", b"a,b"]),
-            lambda: b"Connection: " + pick.choice([b"X-Tag", b"Host", b"close, keep-alive", b"Content-Length", b",,,", b"\xff"]),
+            lambda: b"Host: " + pick.choice([b"evil.example", b"", b"a b", b"[::1", b"localhost:99999", b"\xff",
+                b"a,b"]),
+            lambda: b"Connection: " + pick.choice([b"X-Tag", b"Host", b"close, keep-alive", b"Content-Length",
+                b",,,", b"\xff"]),
             lambda: b"Expect: " + pick.choice([b"200-ok", b"100-continue", b"", b"\xff"]),
             lambda: b"Upgrade: " + pick.choice([b"websocket", b"h2c", b"\xff"]) + b"\r\nConnection: upgrade",
             lambda: b"X-Request-ID: " + self.noise(30).replace(b"\r", b"").replace(b"\n", b""),
@@ -220,7 +223,8 @@ class Generator:
         pick = self.random
         smuggled = b"GET /v1/smuggled/%d HTTP/1.1\r\nHost: localhost\r\n\r\n" % self.count
         length = pick.choice(
-            [b"+5", b"-1", b"0x10", b"5,5", b"5, 6", b" ", b"", b"1_0", b"5 5", b"\xb2", b"9" * 30, b"33554433", b"05", b"5\0",
+            [b"+5", b"-1", b"0x10", b"5,5", b"5, 6", b" ", b"", b"1_0", b"5 5", b"\xb2", b"9" * 30, b"33554433",
+            b"05", b"5\0",
              b"1e3", b"5;x", b"99999", b"0"]
         )  # fmt: skip
         coding = pick.choice(
@@ -248,12 +252,17 @@ class Generator:
     def bad_chunks(self) -> bytes:
         pick = self.random
         chunks = pick.choice([
-            b"0x5\r\nhello\r\n0\r\n\r\n", b"-5\r\nhello\r\n0\r\n\r\n", b"+5\r\nhello\r\n0\r\n\r\n", b"\r\nhello\r\n0\r\n\r\n",
+            b"0x5\r\nhello\r\n0\r\n\r\n", b"-5\r\nhello\r\n0\r\n\r\n", b"+5\r\nhello\r\n0\r\n\r\n",
+            b"\r\nhello\r\n0\r\n\r\n",
             b"5 \r\nhello\r\n0\r\n\r\n", b"5\nhello\n0\n\n", b"5\r\nhello0\r\n\r\n", b"5\r\nhelloXX0\r\n\r\n", b"g\r\n",
-            b"5;" + b"e" * pick.choice([10, 5000, 70_000]) + b"\r\nhello\r\n0\r\n\r\n", b"0" * 40 + b"5\r\nhello\r\n0\r\n\r\n",
-            b"f" * pick.choice([8, 17, 400]) + b"\r\nhello", b"5\r\nhel", b"5\r\nhello\r\n", b"0\r\n", b"1_0\r\n" + b"a" * 16,
-            b"5\r\nhello\r\n0\r\nContent-Length: 9\r\n\r\n", b"5\r\nhello\r\n0\r\nno colon\r\n\r\n", b"0\r\n" + b"T: x\r\n" * 300,
-            b"5\r\nhello\r\n0\r\nHost: evil\r\nX-Tag: forged\r\n\r\n", b"5;\0\r\nhello\r\n0\r\n\r\n", b"5;a\rb\r\nhello\r\n0\r\n\r\n",
+            b"5;" + b"e" * pick.choice([10, 5000, 70_000]) + b"\r\nhello\r\n0\r\n\r\n",
+            b"0" * 40 + b"5\r\nhello\r\n0\r\n\r\n",
+            b"f" * pick.choice([8, 17, 400]) + b"\r\nhello", b"5\r\nhel", b"5\r\nhello\r\n", b"0\r\n",
+            b"1_0\r\n" + b"a" * 16,
+            b"5\r\nhello\r\n0\r\nContent-Length: 9\r\n\r\n", b"5\r\nhello\r\n0\r\nno colon\r\n\r\n",
+            b"0\r\n" + b"T: x\r\n" * 300,
+            b"5\r\nhello\r\n0\r\nHost: evil\r\nX-Tag: forged\r\n\r\n", b"5;\0\r\nhello\r\n0\r\n\r\n",
+            b"5;a\rb\r\nhello\r\n0\r\n\r\n",
             self.noise(60),
         ])  # fmt: skip
         return b"POST /v1/x HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks
@@ -261,9 +270,12 @@ class Generator:
     def bad_target(self) -> bytes:
         pick = self.random
         target = pick.choice([
-            lambda: pick.choice([b"*", b"//", b"/", b"?", b"/v1", b"/v1?", b"/v1//", b"/v1/\\..\\x", b"x", b"#", b"v1/x"]),
-            lambda: b"/v1/" + b"/".join(pick.choices([b"..", b".", b"%2e%2e", b"%2E.", b"a", b"", b"%2f", b"%5c"], k=5)),
-            lambda: b"/v1/" + pick.choice([b"%", b"%0", b"%zz", b"%00", b"%0d%0a", b"%ff", b"%c0%ae", b"%u0041", b"%25%32%65"]),
+            lambda: pick.choice([b"*", b"//", b"/", b"?", b"/v1", b"/v1?", b"/v1//", b"/v1/\\..\\x", b"x", b"#",
+                b"v1/x"]),
+            lambda: b"/v1/" + b"/".join(pick.choices([b"..", b".", b"%2e%2e", b"%2E.", b"a", b"", b"%2f",
+                b"%5c"], k=5)),
+            lambda: b"/v1/" + pick.choice([b"%", b"%0", b"%zz", b"%00", b"%0d%0a", b"%ff", b"%c0%ae", b"%u0041",
+                b"%25%32%65"]),
             lambda: b"http://evil.example/v1/x",
             lambda: b"http://" + self.bytes_of(PATH + b"[]@:/?#", 0, 20),
             lambda: b"evil.example:443",
@@ -282,10 +294,10 @@ class Generator:
 
     def batch(self) -> list[Sent]:
         """What goes out on one connection: some valid ones, one that is not, and one to see who has lost count."""
-        before = [self.valid() for _ in range(self.random.randint(2, 8))]
+        before = [self.valid() for _ in range(self.random.randint(1, 4))]
         if self.random.random() < 0.2:
             return [*before, self.valid(close=True)]
-        return [*before, self.hostile(), Sent(self.valid(close=True).data)]
+        return [*before, self.hostile(), Sent(self.valid(close=True, inside=b"/v1/perhaps").data)]
 
 
 def echo(ex: Exchange) -> None:
@@ -339,8 +351,9 @@ def parse(talk: Talk) -> None:
             continue
         headers: dict[bytes, bytes] = {}
         for line in lines:
-            assert (field_ := re.fullmatch(rb"([A-Za-z0-9-]+): ([\x20-\x7e\x80-\xff]*)", line)), f"a header {line!r}"
-            headers[field_[1].lower()] = field_[2]
+            pair = re.fullmatch(rb"([A-Za-z0-9-]+): ([\t\x20-\x7e\x80-\xff]*)", line)
+            assert pair, f"a header {line!r}"
+            headers[pair[1].lower()] = pair[2]
         if headers.get(b"transfer-encoding") == b"chunked":
             body, decoder = bytearray(), Chunked()
             used = decoder.decode(bytearray(rest), body)
@@ -380,11 +393,28 @@ def judge(talk: Talk, statuses: Counter[int]) -> None:
         statuses[answer.status] += 1
         if answer.status == 200:
             # Health says what it says; everything else is the echo of something in this connection.
-            tag = answer.headers.get(b"x-tag")
-            assert tag is None or tag == b"-" or tag in mine, f"another connection's answer: {answer}; {context}"
+            tags = re.split(rb",\s*", answer.headers.get(b"x-tag", b"-"))  # WSGI joins what is repeated
+            foreign = [tag for tag in tags if tag != b"-" and tag not in mine]
+            assert not foreign, f"another connection's answer: {answer}; {context}"
         # 501 is the answer to a transfer coding that a server does not know (RFC 9112 section 6.1).
         server_error = answer.status >= 500 and not (answer.status == 501 and b"ransfer" in mine)
         assert not server_error, f"{answer}; {context}"
+
+
+def check_framing(upstream: Upstream, talks: list[Talk]) -> None:
+    """What stood behind a request of doubtful length was taken for a request only where there was no doubt."""
+    framed_by = {}
+    for talk in talks:
+        for path in re.findall(rb"/v1(/smuggled/\d+) ", talk.sent[-2].data):
+            framed_by[path.decode()] = talk.sent[-2].data.partition(b"\r\n\r\n")[0]
+    assert len(framed_by) > 100
+    paths = {ex.path for ex in upstream.seen()}
+    assert "/inside" not in paths, f"RELAY_TEST_SEED={SEED}: a valid request's body was taken for a request"
+    for path in paths & set(framed_by):
+        head = framed_by[path]
+        lengths = re.findall(rb"(?m)^Content-Length: (.*)\r?$", head)
+        sure = len(lengths) == 1 and re.fullmatch(rb"0*[05]\r?", lengths[0]) and b"Transfer-Encoding" not in head
+        assert sure, f"RELAY_TEST_SEED={SEED}: {head!r} was followed by another request"
 
 
 @pytest.mark.slow
@@ -409,8 +439,7 @@ def test_hostile_requests_by_the_ten_thousand_do_no_harm(fuzzed: tuple[Upstream,
     assert [float(n) for n in re.findall(r"^relay_open_streams\{.*\} (\S+)", metrics, re.MULTILINE)] == [0.0]
     assert statuses[200] > REQUESTS // 2
     assert sum(statuses[status] for status in (400, 403, 404, 405, 413, 414, 431, 501)) > 500
-    smuggled = [ex for ex in upstream.seen("/smuggled") if ex.header("X-Tag")]
-    assert smuggled == [], "a valid request's body was taken for a request"
+    check_framing(upstream, talks)
     print(f"seed {SEED}: {sum(len(talk.sent) for talk in talks)} requests, answers {dict(sorted(statuses.items()))}")
 
 
