@@ -37,8 +37,7 @@ def read(raw: bytes, wanted: int, size: int, flood: bytes | None = None) -> tupl
     times = []
     for at in range(0, len(raw), size):
         times += answer.feed(raw[at : at + size])
-    answer.end()
-    return answer, times
+    return answer, times + answer.end()
 
 
 def without(raw: bytes, number: int) -> bytes:
@@ -74,6 +73,14 @@ def test_an_answer_that_is_what_was_sent_is_right(size: int) -> None:
 )
 def test_what_is_wrong_with_an_answer_is_seen(raw: bytes, verdict: str, size: int) -> None:
     assert read(raw, 80, size)[0].verdict == verdict
+
+
+@SIZES
+def test_a_stream_that_is_too_short_to_judge_is_judged_at_its_end(size: int) -> None:
+    raw = b"HTTP/1.1 200 OK\r\n\r\n" + work.END.replace(b"\n\n", b"\r\n\r\n")
+    assert read(raw, 0, size)[0].verdict == check.CHANGED
+    chunked = HEAD + b"%x\r\n%s \r\n0\r\n\r\n" % (len(work.END) + 1, work.END)
+    assert read(chunked, 0, size)[0].verdict == check.CHANGED
 
 
 @SIZES
