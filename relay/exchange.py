@@ -28,10 +28,6 @@ class Aborted(Exception):
     """The exchange was closed while its request was being sent."""
 
 
-class NotConnected(Exception):
-    """There is no idle connection, and connecting would wait."""
-
-
 class Connection(Protocol):
     """What an exchange needs of the connection that it is given."""
 
@@ -46,8 +42,11 @@ class Sender(Protocol):
     tls: bool
     read_size: int
 
-    def send(self, exchange: Exchange, *, within: float | None, only_idle: bool) -> Callable[[], None]:
+    def send(self, exchange: Exchange, *, within: float | None) -> Callable[[], None]:
         """Send the request on a connection; gives what returns it for reuse."""
+
+    def send_idle(self, exchange: Exchange, wire: bytes) -> Callable[[], None] | None:
+        """The same without waiting; None: that cannot be done."""
 
 
 class Exchange:
@@ -88,16 +87,15 @@ class Exchange:
         `within`: seconds for each step, in place of the settings' limits. Raises UpstreamUnreachable, UpstreamFailed
         or ConnectTimeout; Aborted if it was closed meanwhile.
         """
-        give_back = self._upstream.send(self, within=within, only_idle=False)
+        give_back = self._upstream.send(self, within=within)
         self._has_been_sent(give_back)
 
     def send_at_once(self) -> bool:
         """Send the request if that takes no waiting: it is short, and a connection stands idle. Raises as `send`."""
         if self.wire is None or len(self.wire) > _SENT_AT_ONCE:
             return False
-        try:
-            give_back = self._upstream.send(self, within=None, only_idle=True)
-        except NotConnected:
+        give_back = self._upstream.send_idle(self, self.wire)
+        if give_back is None:
             return False
         self._has_been_sent(give_back)
         return True
