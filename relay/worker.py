@@ -11,7 +11,6 @@ import gc
 import logging
 import os
 import re
-import socket
 import sys
 import time
 from typing import Any
@@ -73,6 +72,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
         logging.getLogger("gunicorn.error").addFilter(_not_the_network)
 
     def load_wsgi(self) -> None:
+        _count_as(os.getpid())
         super().load_wsgi()
         # With thousands of streams open, a full collection stops them all for 100 ms and more. What is there now stays
         # for good, so it is not looked at again; and streams are freed by their reference counts, not by the collector.
@@ -92,6 +92,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
         finally:
             self._clients.discard(client)
             self._idle.pop(client, None)
+            _held.pop(client, None)
 
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
         self._idle.pop(sock, None)
@@ -176,7 +177,18 @@ class Worker(GeventWorker):  # type: ignore[misc]
             pass  # the client did not wait for it
 
 
-_joined: set[_Client] = set()
+def _count_as(pid: int) -> None:
+    """Tell prometheus_client which process this is: it would ask the kernel at each step of each metric."""
+    try:
+        from prometheus_client import values
+    except ModuleNotFoundError:
+        return
+    if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        values.ValueClass = values.MultiProcessValue(lambda: pid)  # type: ignore[no-untyped-call]
+
+
+#: What `join_next` holds back of each client's: None while nothing has been written yet.
+_held: dict[_Client, bytes | None] = {}
 
 
 class _Client(gevent.socket.socket):  # type: ignore[misc]
@@ -188,12 +200,16 @@ class _Client(gevent.socket.socket):  # type: ignore[misc]
     def join_next(self) -> None:
         """Let the next `sendall` wait for the one after it, which comes at once: one packet, and one wake-up of the
         client, for a head and the first event, or for the last event and the end."""
-        _joined.add(self)
+        _held[self] = None
 
     def sendall(self, data: bytes, flags: int = 0) -> None:
-        if self in _joined:
-            _joined.discard(self)
-            flags |= socket.MSG_MORE
+        if self in _held:
+            held = _held[self]
+            if held is None:
+                _held[self] = data
+                return
+            del _held[self]
+            data = held + data
         try:
             sent = self._sock.send(data, flags)
         except BlockingIOError:
