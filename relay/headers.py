@@ -41,6 +41,15 @@ _NEVER_BACK = frozenset(
     "content-length x-request-id x-content-type-options content-security-policy".split()
 )
 _OF_THE_ORIGIN = frozenset(["set-cookie", "set-cookie2"])
+#: What does not come back, by whether the answer is an event stream and whether the relay is transparent.
+_DROPPED = {
+    (event_stream, transparent): _HOP_BY_HOP
+    | _NEVER_BACK
+    | ({"cache-control"} if event_stream else set())
+    | (set() if transparent else _OF_THE_ORIGIN)
+    for event_stream in (False, True)
+    for transparent in (False, True)
+}
 # Orders to the server in front to send a file, or another answer: nginx; Apache and lighttpd; LiteSpeed; Perlbal.
 _PREFIXES_OF_ORDERS = ("x-accel-", "x-sendfile", "x-lighttpd-send-", "x-litespeed-", "x-reproxy-")
 # What caches on the way go by before `Cache-Control` (RFC 9213, and Surrogate-Control before it).
@@ -141,11 +150,7 @@ def response_headers(
     describe a body that is not sent (an answer to HEAD, a 304) and stay. Repeated headers stay repeated.
     """
     event_stream = sse.is_event_stream(fields.get("content-type", ""))
-    drop = _HOP_BY_HOP | _NEVER_BACK
-    if event_stream:
-        drop |= {"cache-control"}
-    if not transparent:
-        drop |= _OF_THE_ORIGIN
+    drop = _DROPPED[event_stream, transparent]
     if "connection" in fields:
         drop |= connection_tokens(fields["connection"])
     headers = []

@@ -76,6 +76,7 @@ class Metrics:
             "relay_limits_errors", "Requests and streams that passed uncounted: RELAY_LIMITS_URL did not answer."
         )
         self._children: dict[str, dict[str, Any]] = {}
+        self._labelled: dict[tuple[Any, ...], Any] = {}
 
     def of(self, mount: str) -> dict[str, Any]:
         """The metrics of one mount that every stream touches; looked up once."""
@@ -84,6 +85,14 @@ class Metrics:
             names = ("_open", "_first_byte", "_seconds", "_gap", "_bytes", "_heartbeats")
             children = self._children[mount] = {name: getattr(self, name).labels(mount) for name in names}
         return children
+
+    def _child(self, metric: Any, *labels: str | int) -> Any:
+        """A metric with these labels; looked up once, since `labels` takes locks and checks."""
+        key = (metric, *labels)
+        child = self._labelled.get(key)
+        if child is None:
+            child = self._labelled[key] = metric.labels(*labels)
+        return child
 
     def opened(self, mount: str) -> None:
         if self._on:
@@ -96,8 +105,8 @@ class Metrics:
         mount = record.mount
         children = self.of(mount)
         children["_open"].dec()
-        self._requests.labels(mount, record.status).inc()
-        self._ended.labels(mount, record.reason).inc()
+        self._child(self._requests, mount, record.status).inc()
+        self._child(self._ended, mount, record.reason).inc()
         children["_seconds"].observe(record.seconds)
         if record.first_byte is not None:
             children["_first_byte"].observe(record.first_byte)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -40,7 +41,7 @@ class SettingsError(ValueError):
         self.faults = faults
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(frozen=True, repr=False)
 class Settings:
     """All settings of one relay, checked. Times are seconds, sizes are bytes.
 
@@ -125,12 +126,12 @@ class Settings:
             values["allow"] = DEFAULT_ALLOW_WITH_KEY if adds_key(values) else ALLOW_EVERYTHING
         return cls(**values)
 
-    @property
+    @cached_property
     def upstream_host(self) -> str:
         """The upstream's host, with its port if one is given, for logs; or `demo`."""
         return urlsplit(self.upstream_url).netloc if self.upstream_url else "demo"
 
-    @property
+    @cached_property
     def adds_key(self) -> bool:
         """Whether requests go upstream with a key of the relay's: `upstream_key`, a fixed header's or query's."""
         return carries_key(self.upstream_key, self.upstream_headers, self.upstream_query)
