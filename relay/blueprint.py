@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from flask import Blueprint, Flask, Response, current_app, request
+from flask import Blueprint, Flask, Response, current_app, g, request
 from werkzeug.routing import BaseConverter
 
 from relay import access, errors, log, ticks
@@ -43,7 +43,8 @@ class Relay:
     an app needs its own. `settings`: the `RELAY_…` settings of this relay alone; without them they come from the
     app's config. `request_headers`: called in the request's context for each call, returns headers that are set on
     the request upstream in place of any others of their names. `on_end`: called with the `relay.record.Record` of each
-    stream that has ended, for billing and audit; outside of any context of Flask's, and it must not block.
+    stream that has ended, for billing and audit; outside of any context of Flask's, and it must not block. What a
+    `before_request` or `request_headers` leaves in `flask.g.relay_tenant` is the record's `tenant`.
 
     Raises SettingsError from `init_app` (and from the constructor, given an app) if a setting is wrong.
     """
@@ -188,6 +189,8 @@ def relay_request(mount: Mount, rest: str) -> Response:
     )
     overrides = mount.call_hook()
     overrides["X-Request-ID"] = request_id
+    if mount.wants_model and (tenant := g.get("relay_tenant")) is not None:
+        record.tenant = str(tenant)
     slash = "/" if path or environ["PATH_INFO"].endswith("/") else ""  # `/v1/` is not `/v1`
     exchange = mount.upstream.exchange(method, slash + path, query, mount.headers.select(environ), body, overrides)
 

@@ -58,7 +58,7 @@ class Mount:
         self.rates = Rates(settings.rate_limit, name, self._store) if settings.rate_limit is not None else None
         self._hook = request_headers
         self._on_end = on_end
-        self.wants_model = on_end is not None  # the record of a stream names its model only for the hook
+        self.wants_model = on_end is not None  # the record of a stream names model and tenant only for the hook
         drain.allow(settings.drain)
 
     @cached_property

@@ -26,7 +26,7 @@ class Record:
     upstream_request_id: str = ""
     upstream_host: str = ""
     model: str | None = None  # as the request's body named it
-    tenant: object = None  # whatever the shop's hook has said of whom the request is for
+    tenant: str | None = None  # whom the request is for, as the shop has said in `flask.g.relay_tenant`; for `on_end`
     usage: Usage | None = None  # as the answer reported it
     first_byte: float | None = None  # from the request to the upstream's head
     seconds: float = 0.0

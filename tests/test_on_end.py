@@ -64,6 +64,16 @@ def test_a_stream_that_says_nothing_of_tokens_is_billed_without(shop: Shop) -> N
     assert (shop.bill("silent")["usage"], shop.bill("silent")["model"]) == (None, None)
 
 
+@pytest.mark.parametrize(("said", "billed"), [("acme", "acme"), ("17", "17"), (None, None)])
+def test_the_bill_names_the_tenant_that_the_shop_has_named(shop: Shop, said: str | None, billed: str | None) -> None:
+    """As text, whatever it is in the shop; and what one request is for says nothing of the next."""
+    path = shop.upstream.serve(lambda ex: ex.reply(USAGE, headers=EVENTS))
+    request_id = f"tenant-{said}"
+    headers = [("X-Request-ID", request_id), *([("X-Tenant", said)] if said else [])]
+    request(shop.relay.port, "POST", "/ai" + path, headers, b"{}").finish()
+    assert shop.bill(request_id)["tenant"] == billed
+
+
 @pytest.mark.parametrize("end", ["upstream_cut", "client_gone", "upstream_error"])
 def test_every_other_end_is_billed_too(shop: Shop, end: str) -> None:
     def handler(ex: Exchange) -> None:

@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from flask import Flask
+from flask import Flask, g, request
 
 from relay import Relay
 from relay.record import Record
@@ -21,4 +21,11 @@ def bill(record: Record) -> None:
         bills.write(json.dumps(dataclasses.asdict(record)) + "\n")
 
 
-Relay(app, url_prefix="/ai", on_end=bill)
+relay = Relay(app, url_prefix="/ai", on_end=bill)
+
+
+@relay.before_request
+def whose() -> None:
+    tenant = request.headers.get("X-Tenant")
+    if tenant is not None:
+        g.relay_tenant = int(tenant) if tenant.isdecimal() else tenant
