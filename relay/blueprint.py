@@ -140,6 +140,8 @@ def _at(name: str, view: Callable[..., Any]) -> Callable[..., Any]:
     def bound(**arguments: Any) -> Any:
         return view(current_app.extensions["relay"][name], **arguments)
 
+    # Extensions tell views apart by this name: what is said of one must not hold for all of them.
+    bound.__name__ = bound.__qualname__ = f"{name}_{view.__name__}"
     return bound
 
 
@@ -325,8 +327,10 @@ def _complete(headers: Headers, of_the_shop: Headers, request_id: str) -> Header
     ours = {name.lower() for name, _ in SANDBOX}
     if any(name == "X-Accel-Buffering" for name, _ in headers):
         ours |= {"x-accel-buffering", "cache-control"}
-    framing = {"content-type", "content-length"}
-    shop = [pair for pair in of_the_shop if pair[0].lower() not in ours | framing]
+    theirs = {"content-type", "content-length"}
+    if of_the_shop and any(name.lower() == "retry-after" for name, _ in headers):
+        theirs.add("retry-after")  # a rate limiter of the shop's puts one on every answer
+    shop = [pair for pair in of_the_shop if pair[0].lower() not in ours | theirs]
     replaced = {name.lower() for name, _ in shop} - {"vary", "set-cookie", "link"}
     return [
         *(pair for pair in headers if pair[0].lower() not in replaced),

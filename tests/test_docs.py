@@ -247,12 +247,12 @@ def test_the_openai_example_prints_the_answer(demo: Gunicorn) -> None:
 
 
 @contextlib.contextmanager
-def shop(code: str, folder: Path, upstream: Upstream, worker: str = "gevent") -> Iterator[Gunicorn]:
-    """A README's app under gunicorn, its upstreams replaced."""
+def shop(code: str, folder: Path, upstream: Upstream, worker: str = "gevent", **more: str) -> Iterator[Gunicorn]:
+    """A README's app under gunicorn, its upstreams replaced; `more`: of the environment."""
     replaced, count = re.subn(r"https://api\.\w+\.com/v1", upstream.base_url, code)
     assert count, "the example names no upstream"
     (folder / "shop.py").write_text(replaced, encoding="utf-8")
-    env = {"PYTHONPATH": str(folder), "ANTHROPIC_API_KEY": "key-for-anthropic"}
+    env = {"PYTHONPATH": str(folder), "ANTHROPIC_API_KEY": "key-for-anthropic", **more}
     with servers.gunicorn(env, "shop:app", None, ["-k", worker, "--threads", "8"], ready=None) as running:
         yield running
 
