@@ -38,6 +38,7 @@ up: $(RUN) ## Serve behind the shipped nginx, on 127.0.0.1:8080
 .PHONY: test
 test: $(DEV) ## Run every test, with real gunicorn, nginx and Redis (ARGS="-k name" for some)
 	@tools/system-packages nginx redis-server openssl curl
+	@tools/system-packages slowhttptest || echo "Without it its tests are skipped."
 	$(IN_VENV) -m pytest $(ARGS)
 
 .PHONY: check

@@ -71,7 +71,8 @@ def _bytes(value: Text) -> bytes:
 class Connection:
     """One TCP connection, used for one request after another.
 
-    `rcvbuf`: the kernel's receive buffer, small for tests of clients that stop reading.
+    `rcvbuf`: the kernel's receive buffer, small for tests of clients that stop reading. `source`: the address that it
+    comes from.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Connection:
         host: str = "127.0.0.1",
         rcvbuf: int | None = None,
         tls: ssl.SSLContext | None = None,
+        source: str | None = None,
     ) -> None:
         self.port = port
         self.last_used = time.monotonic()
@@ -92,6 +94,8 @@ class Connection:
             if rcvbuf is not None:
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, rcvbuf)
             self._sock.settimeout(DEADLINE)
+            if source is not None:
+                self._sock.bind((source, 0))
             self._sock.connect((host, port))
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if tls is not None:
