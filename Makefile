@@ -50,6 +50,11 @@ check: $(DEV) ## Lint, check formatting, types and the shipped configuration
 	PATH="$$PATH:/usr/sbin" tools/nginx-test
 	@tools/deploy-check $(VENV)/bin
 
+.PHONY: audit
+audit: ## Look for known vulnerabilities in requirements.txt (asks PyPI)
+	@tools/venv $(VENV)/audit requirements-audit.txt $(PYTHON)
+	$(VENV)/audit/bin/pip-audit --strict --progress-spinner off --disable-pip --no-deps -r requirements.txt
+
 .PHONY: bench
 bench: $(DEV) ## Measure, beside other ways to do it
 	$(IN_VENV) -m bench $(ARGS)
