@@ -284,7 +284,10 @@ def error_response(error: errors.RelayError) -> Response:
     """An error of the relay's as its JSON, with the headers that every response of the relay's carries."""
     request_id = _request_id()
     metrics().refused(error.code)
-    log.refused(error, request_id, request.method)
+    mounts = current_app.extensions["relay"]
+    asked = mounts.get(request.blueprint) or next(iter(mounts.values()))  # beside its mount the service has one
+    address = access.client_address(request.environ, asked.settings)
+    log.refused(error, request_id, request.method, address, request.endpoint or "")
     response = Response(error.json(request_id), status=error.status, content_type="application/json")
     for name, value in [*error.headers(), *SANDBOX, ("X-Request-ID", request_id), ("Cache-Control", "no-store")]:
         response.headers[name] = value

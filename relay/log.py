@@ -82,13 +82,15 @@ def event(name: str, **what: object) -> None:
     _emit({"event": name, **what, "worker": os.getpid()})
 
 
-def refused(error: RelayError, request_id: str, method: str) -> None:
+def refused(error: RelayError, request_id: str, method: str, client: str, route: str) -> None:
     """The line of a request that the relay answered itself, before it would have become a stream."""
     _emit(
         {
             "event": "refused",
             "request_id": request_id,
+            "client": client,
             "method": method,
+            "route": route,
             "status": error.status,
             "reason": error.code,
             "worker": os.getpid(),

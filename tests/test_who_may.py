@@ -437,6 +437,23 @@ def test_with_a_key_and_no_client_keys_a_client_from_afar_is_refused(keyed: Rela
     keyed.refuses("address_not_allowed", "GET", "/v1/models", {"X-Forwarded-For": forwarded})
 
 
+@pytest.mark.parametrize(
+    ("method", "target", "route", "code"),
+    [("GET", "/v1/models?prompt=secret", "relay.relay", "address_not_allowed"), ("GET", "/secret", "", "not_found")],
+)
+def test_the_log_says_who_was_refused_and_where(keyed: Relay, method: str, target: str, route: str, code: str) -> None:
+    """And nothing of the path or query."""
+    request_id = f"refused-{code}"
+    headers = {"X-Forwarded-For": "6.6.6.6, 203.0.113.7", "X-Request-ID": request_id}
+    keyed.call(method, target, headers)
+    keyed.server.wait_log(request_id)
+    (line,) = [line for line in keyed.server.log().splitlines() if request_id in line]
+    assert "secret" not in line
+    told = json.loads(line)
+    assert (told["event"], told["client"], told["method"], told["route"]) == ("refused", "203.0.113.7", method, route)
+    assert told["reason"] == code
+
+
 def test_a_client_from_afar_is_refused_when_the_proxies_write_lines_of_their_own(keyed: Relay) -> None:
     lines = [("X-Forwarded-For", "203.0.113.7"), ("X-Forwarded-For", "127.0.0.1")]
     keyed.refuses("address_not_allowed", "GET", "/v1/models", lines)
