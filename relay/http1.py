@@ -20,8 +20,10 @@ MAX_CHUNK_LINE = 4096
 MAX_TRAILER = 64 * 1024
 
 _HEAD_END = re.compile(rb"\n\r?\n")
-_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([^\r\n\0]*))?")
-_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([^\r\n\0]*))?\r?")
+# One CR belongs to the line's end; any other is malformed (RFC 9112 section 2.2), as are a folded line (section 5.2)
+# and a space before the colon.
+_FIELD_LINE = re.compile(r"^([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)\r?\n", re.MULTILINE)
 # Field values keep their bytes (latin-1 here), but no control character: gunicorn refuses to send one, and CR, LF and
 # NUL must not be passed on (RFC 9110 section 5.5).
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
@@ -249,28 +251,27 @@ def parse_head(head: bytes, method: str) -> Head:
 
     Raises BadResponse for a malformed line and for framing that contradicts itself.
     """
-    lines = head.split(b"\n")
-    if len(lines) > MAX_FIELDS + 3:  # the status line, the blank line, and what stands behind its LF: nothing
-        raise BadResponse(f"the head of its answer has more than {MAX_FIELDS} fields")
-    # One CR belongs to the line's end; any other is malformed (RFC 9112 section 2.2).
-    status_line = _STATUS_LINE.fullmatch(lines[0].removesuffix(b"\r"))
+    first, _, rest = head.decode("latin-1").partition("\n")
+    status_line = _STATUS_LINE.fullmatch(first)
     if status_line is None:
         raise BadResponse("its status line is malformed")
     minor, status = status_line[1], int(status_line[2])
-    reason = _CONTROL.sub("", (status_line[3] or b"").decode("latin-1")).strip(" \t")
+    reason = _CONTROL.sub("", status_line[3] or "").strip(" \t")
+    lines = rest.count("\n") - 1  # the last one is blank
+    if lines > MAX_FIELDS:
+        raise BadResponse(f"the head of its answer has more than {MAX_FIELDS} fields")
+    found = _FIELD_LINE.findall(rest)
+    if len(found) != lines:
+        raise BadResponse("a header line of its answer is malformed")
     headers: list[tuple[str, str]] = []
     fields: dict[str, str] = {}
-    for line in lines[1:-2]:
-        name, colon, value = line.removesuffix(b"\r").decode("latin-1").partition(":")
-        value = value.strip(" \t")
-        # A folded line (RFC 9112 section 5.2) and a space before the colon have no token for a name.
-        if not colon or not _TOKEN.fullmatch(name) or _CONTROL.search(value):
-            raise BadResponse("a header line of its answer is malformed")
+    for name, value in found:
+        value = value.rstrip(" \t")  # noqa: PLW2901 - what a field's value is
         headers.append((name, value))
         key = name.lower()
         fields[key] = f"{fields[key]}, {value}" if key in fields else value
     tokens = {token.strip().lower() for token in fields.get("connection", "").split(",")}
-    keeps_open = "close" not in tokens and (minor == b"1" or "keep-alive" in tokens)
+    keeps_open = "close" not in tokens and (minor == "1" or "keep-alive" in tokens)
     framing = _framing(fields, status, method, minor)
     if status == 204:
         # It must have no Content-Length (RFC 9110 section 8.6), and a reader that goes by it waits for a body.
@@ -278,13 +279,13 @@ def parse_head(head: bytes, method: str) -> Head:
     return Head(status, reason, headers, framing, keeps_open and not isinstance(framing, UntilClose), fields)
 
 
-def _framing(fields: dict[str, str], status: int, method: str, minor: bytes) -> Framing:
+def _framing(fields: dict[str, str], status: int, method: str, minor: str) -> Framing:
     """How the body is delimited (RFC 9112 section 6.3, in its order)."""
     coding, length = fields.get("transfer-encoding"), fields.get("content-length")
     if coding is not None:
         if length is not None:
             raise BadResponse("its answer has both Transfer-Encoding and Content-Length")
-        if coding.lower() != "chunked" or minor != b"1":
+        if coding.lower() != "chunked" or minor != "1":
             raise BadResponse("its answer has a Transfer-Encoding other than chunked")
     size = 0
     if length is not None:
