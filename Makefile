@@ -35,11 +35,13 @@ up: $(RUN) ## Serve behind the shipped nginx, on 127.0.0.1:8080
 	@tools/system-packages nginx
 	@exec $(IN_VENV) tools/up
 
+# Side by side, each file in one process (tests/conftest.py says how many, and which files come first); in one process if
+# ARGS names some tests. ARGS="-n 0" too.
 .PHONY: test
 test: $(DEV) ## Run every test, with real gunicorn, nginx and Redis (ARGS="-k name" for some)
 	@tools/system-packages nginx redis-server openssl curl
 	@tools/system-packages slowhttptest || echo "Without it its tests are skipped."
-	$(IN_VENV) -m pytest $(ARGS)
+	$(IN_VENV) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 .PHONY: check
 check: $(DEV) ## Lint, check formatting, types and the shipped configuration

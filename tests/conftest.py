@@ -7,6 +7,7 @@ import faulthandler
 import os
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from harness.servers import Gunicorn, Nginx
+
+#: Test processes for the whole suite: more than a small machine's cores, for most tests wait.
+PROCESSES = 3
+#: The files that take longest, which begin first so that no process is left alone with one at the end.
+LONGEST = """
+    drain stream_machine sdks shipped_config doctor life health_http redis bench soak fuzz life_nginx deploy
+    upstream_connections rates docs keys bytes demo
+""".split()
 
 WATCHDOG = 60  # seconds for one test with its fixtures
 _GRACE = 30  # more, until the process is ended because not even the alarm got through
@@ -89,6 +98,24 @@ def _nothing_failed_unseen() -> Iterator[None]:
         upstream.check()
     for server in servers.running:
         server.check()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """What `-n auto` is. For some tests, named by -k, -m or a path, collecting them all three times takes longer."""
+    some = config.option.keyword or config.option.markexpr or config.args_source is config.ArgsSource.ARGS
+    return 0 if some else PROCESSES
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In a process of several: the longest files first, otherwise the order stays."""
+    if not hasattr(config, "workerinput"):
+        return
+    here = Path(__file__).parent
+    if unknown := [name for name in LONGEST if not (here / f"test_{name}.py").exists()]:
+        raise pytest.UsageError(f"tests/conftest.py LONGEST names files that are not there: {' '.join(unknown)}")
+    ranks = {f"test_{name}": rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 _START = 20.0  # seconds to start in; a cold start on a busy machine imports for several
 _ATTEMPTS = 5
 # Below the range from which the kernel takes outgoing ports, so that no client socket of the
-# tests can take one between our look and the server's bind.
-_PORTS = range(15000, 32000)
+# tests can take one between our look and the server's bind. Of several test processes each has ports of its own: what
+# one has found free, or is to stay without a listener, no other takes.
+_PROCESS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_PORTS = range(15000, 32000)[_PROCESS :: int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))]
 _IN_USE = ("already in use", "Connection in use")
 _TRACEBACK = "Traceback (most recent call last)"
 
