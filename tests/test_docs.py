@@ -224,8 +224,7 @@ def demo() -> Iterator[Gunicorn]:
 
 
 def test_the_curl_example_streams(demo: Gunicorn) -> None:
-    if shutil.which("curl") is None:
-        pytest.skip("curl is not installed")
+    assert shutil.which("curl"), "this test needs curl (apt-get install curl): it is not installed"
     example = block("curl -N", "chat/completions")
     assert SERVICE in example
     command = shlex.split(example.replace("\\\n", " ").replace(SERVICE, f"127.0.0.1:{demo.port}"))
