@@ -2,19 +2,24 @@
 
 One drain with streams of every kind in it is a scene; it is played for SIGTERM and for SIGHUP, directly and through
 nginx, and each test below it states what became of one kind. No assertion on how fast, only on the order of things.
+
+A drain is mostly waiting. Those that differ in a parameter alone are played side by side by a fixture of the module,
+each with servers of its own; each test asks what came of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import signal
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 from harness import Deadline, eventually, servers
@@ -23,12 +28,22 @@ from harness.upstream import Upstream
 from test_life import EVENTS, Rig, endless, frame, gone, mute, silent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Hashable, Iterable, Iterator
+    from concurrent.futures import Future
 
     from harness.client import Body, Response
     from harness.upstream import Exchange
 
 ASKS = ("Accept", "text/event-stream")
+
+_K = TypeVar("_K", bound="Hashable")
+_T = TypeVar("_T")
+
+
+def side_by_side(work: Callable[[_K], _T], keys: Iterable[_K], most: int = 4) -> dict[_K, Future[_T]]:
+    """Do it for all keys, `most` at the same time. A `result()` is what came of one, or raises what went wrong."""
+    with ThreadPoolExecutor(most) as pool:
+        return {key: pool.submit(work, key) for key in keys}
 
 
 @contextlib.contextmanager
@@ -38,12 +53,16 @@ def relay(hop: str = "direct", **settings: str) -> Iterator[Rig]:
     env = {f"RELAY_{name.upper()}": value for name, value in settings.items()} | {"WEB_CONCURRENCY": workers}
     with Upstream() as upstream, servers.gunicorn({"RELAY_UPSTREAM_URL": upstream.base_url, **env}) as server:
         rig = Rig(upstream, server)
-        if hop == "direct":
-            yield rig
-        else:
-            with servers.nginx(server.port, server.admin_port) as proxy:
-                rig.port = proxy.port
+        try:
+            if hop == "direct":
                 yield rig
+            else:
+                with servers.nginx(server.port, server.admin_port) as proxy:
+                    rig.port = proxy.port
+                    yield rig
+        except Exception as error:
+            # A report has the logs of what ran during its own test, which is not where a fixture of the module fails.
+            raise AssertionError(f"{error}\n\nlog of the relay:\n{server.log()[-8000:]}") from error
 
 
 def pieces(ex: Exchange) -> None:
@@ -152,10 +171,21 @@ def stopped(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(scope="module")
+def scenes() -> dict[tuple[str, str], Future[Scene]]:
+    """Two at a time: the endless streams in them take all the processor that they get."""
+    return side_by_side(_scene, itertools.product(("direct", "nginx"), ("SIGTERM", "SIGHUP")), 2)
+
+
 @pytest.fixture(scope="module", params=["direct", "nginx"])
-def scene(request: pytest.FixtureRequest, stopped: str) -> Scene:
-    with relay(request.param, drain=DRAIN, heartbeat="0.2", hold="0.3", keepalive="30") as rig:
-        return _play(rig, request.param, stopped)
+def scene(request: pytest.FixtureRequest, stopped: str, scenes: dict[tuple[str, str], Future[Scene]]) -> Scene:
+    return scenes[request.param, stopped].result()
+
+
+def _scene(key: tuple[str, str]) -> Scene:
+    hop, stopped = key
+    with relay(hop, drain=DRAIN, heartbeat="0.2", hold="0.3", keepalive="30") as rig:
+        return _play(rig, hop, stopped)
 
 
 def _play(rig: Rig, hop: str, stopped: str) -> Scene:
@@ -333,9 +363,8 @@ def test_a_request_that_was_not_answered_yet_gets_a_status(scene: Scene) -> None
     assert scene.reasons["no answer yet"] == "drained"
 
 
+@pytest.mark.parametrize("scene", ["direct"], indirect=True)  # nginx ends its body by closing, which says nothing
 def test_an_http_1_0_client_sees_the_cut_too(scene: Scene) -> None:
-    if scene.hop != "direct":
-        pytest.skip("nginx ends a body by closing, which says nothing")
     body = scene.ends["HTTP/1.0"]
     assert frame(body.data)["code"] == "drained"
     assert (body.ended, body.why) == ("cut", "RST")
@@ -406,22 +435,31 @@ def test_a_worker_that_stops_keeps_idle_connections_for_as_long_as_a_proxy_may_u
         assert all(connection.closed_by_peer for connection in connections)
 
 
-@pytest.mark.parametrize(
-    "sent",
-    [
-        pytest.param(b"", id="not a byte"),
-        pytest.param(b"POST /v1/x HTTP/1.1\r\nHost: 127.0.0.1", id="half a head"),
-        pytest.param(b"POST /v1/x HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n\r\n{", id="half a body"),
-        pytest.param(
-            b"POST /v1/x HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n{", id="half a chunk"
-        ),
-    ],
-)
-def test_a_request_that_never_comes_whole_does_not_hold_a_worker_back(sent: bytes) -> None:
+NOT_WHOLE = {
+    "not a byte": b"",
+    "half a head": b"POST /v1/x HTTP/1.1\r\nHost: 127.0.0.1",
+    "half a body": b"POST /v1/x HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n\r\n{",
+    "half a chunk": b"POST /v1/x HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n{",
+}
+
+
+@pytest.fixture(scope="module")
+def stopped_with_a_part() -> dict[str, Future[None]]:
+    return side_by_side(_stop_with_a_part, NOT_WHOLE)
+
+
+@pytest.mark.parametrize("part", NOT_WHOLE)
+def test_a_request_that_never_comes_whole_does_not_hold_a_worker_back(
+    part: str, stopped_with_a_part: dict[str, Future[None]]
+) -> None:
+    stopped_with_a_part[part].result()
+
+
+def _stop_with_a_part(part: str) -> None:
     with relay(keepalive="30", drain="1") as rig:
         (worker,) = rig.relay.workers()
         connection = Connection(rig.port)
-        connection.raw(sent)
+        connection.raw(NOT_WHOLE[part])
         assert request(rig.port, "GET", "/health/live").status == 200  # so that the other has been accepted
         rig.relay.send_signal(signal.SIGTERM)
         assert rig.relay.wait(15) == 0
@@ -432,10 +470,23 @@ def test_a_request_that_never_comes_whole_does_not_hold_a_worker_back(sent: byte
 # --- Reload ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def reloads() -> dict[tuple[int, str], Future[None]]:
+    """Two at a time: each makes requests as fast as it can."""
+    return side_by_side(_reload_twice, itertools.product((1, 2), ("direct", "nginx")), 2)
+
+
 @pytest.mark.parametrize("hop", ["direct", "nginx"])
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.watchdog(120)
-def test_reloads_lose_no_stream_and_refuse_no_request(hop: str, workers: int) -> None:
+def test_reloads_lose_no_stream_and_refuse_no_request(
+    hop: str, workers: int, reloads: dict[tuple[int, str], Future[None]]
+) -> None:
+    reloads[workers, hop].result()
+
+
+def _reload_twice(key: tuple[int, str]) -> None:
+    workers, hop = key
     with relay(hop, workers=str(workers), drain="30") as rig:
         local = threading.local()
         path = rig.upstream.serve(pieces)
@@ -555,18 +606,28 @@ def test_a_drain_of_no_time_ends_streams_at_once() -> None:
         assert rig.relay.wait(15) == 0
 
 
-@pytest.mark.parametrize("first", [[], [signal.SIGTERM]], ids=["alone", "during a drain"])
+@pytest.fixture(scope="module")
+def ended_by_signal() -> dict[tuple[signal.Signals, bool], Future[None]]:
+    return side_by_side(_end_by_signal, itertools.product((signal.SIGINT, signal.SIGQUIT), (False, True)))
+
+
+@pytest.mark.parametrize("draining", [False, True], ids=["alone", "during a drain"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT])
 def test_sigint_and_sigquit_end_it_without_a_drain_and_without_a_traceback(
-    number: signal.Signals, first: list[signal.Signals]
+    number: signal.Signals, draining: bool, ended_by_signal: dict[tuple[signal.Signals, bool], Future[None]]
 ) -> None:
+    ended_by_signal[number, draining].result()
+
+
+def _end_by_signal(key: tuple[signal.Signals, bool]) -> None:
+    number, draining = key
     with relay(drain="50") as rig:
         path = rig.upstream.serve(silent)
         response = rig.ask(path).read_head()
         response.read_until(b"data: 1\n\n")
         unanswered = rig.ask(rig.upstream.serve(mute), [("X-Request-ID", "unanswered")])
-        for signal_before in first:
-            rig.relay.send_signal(signal_before)
+        if draining:
+            rig.relay.send_signal(signal.SIGTERM)
             eventually(lambda: request(rig.relay.admin_port, "GET", "/health/ready").status == 503, "not ready")
         rig.relay.send_signal(number)
         assert rig.relay.wait(15) == 0
