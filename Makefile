@@ -35,13 +35,15 @@ up: $(RUN) ## Serve behind the shipped nginx, on 127.0.0.1:8080
 	@tools/system-packages nginx
 	@exec $(IN_VENV) tools/up
 
-# Side by side, each file in one process (tests/conftest.py says how many, and which files come first); in one process if
-# ARGS names some tests. ARGS="-n 0" too.
+# Each file in one process of several; tests/conftest.py says how many (one if ARGS names some tests, as with ARGS="-n 0"),
+# and which files come first. A process that dies ends it all, as it would alone.
+SIDE_BY_SIDE := -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+
 .PHONY: test
 test: $(DEV) ## Run every test, with real gunicorn, nginx and Redis (ARGS="-k name" for some)
 	@tools/system-packages nginx redis-server openssl curl
 	@tools/system-packages slowhttptest || echo "Without it its tests are skipped."
-	$(IN_VENV) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(IN_VENV) -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 .PHONY: check
 check: $(DEV) ## Lint, check formatting, types and the shipped configuration
