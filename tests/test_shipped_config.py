@@ -341,9 +341,11 @@ def test_nginx_is_more_patient_and_takes_as_much_as_the_relay():
     assert seconds(directive("send_timeout")[0]) >= DEFAULTS.write_timeout
 
 
-@pytest.fixture
-def echoes(echo_app: Path) -> Iterator[tuple[Gunicorn, Nginx]]:
-    env = {"PYTHONPATH": str(echo_app)}
+@pytest.fixture(scope="module")
+def echoes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Gunicorn, Nginx]]:
+    folder = tmp_path_factory.mktemp("echoes")
+    (folder / "echo_app.py").write_text(ECHO)
+    env = {"PYTHONPATH": str(folder)}
     with (
         servers.gunicorn(env, "echo_app:app", ready="/") as relay,
         servers.nginx(relay.port, relay.admin_port) as proxy,
