@@ -418,7 +418,7 @@ def check_framing(upstream: Upstream, talks: list[Talk]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.watchdog(150)
+@pytest.mark.watchdog(400)  # it computes: 11 s with two cores of its own, 140 s on a machine in full use
 def test_hostile_requests_by_the_ten_thousand_do_no_harm(fuzzed: tuple[Upstream, Gunicorn]) -> None:
     upstream, relay = fuzzed
     workers = relay.workers()
