@@ -456,7 +456,7 @@ def test_the_shop_is_asked_and_the_relay_carries_the_stream(guarded: Guarded, bo
         assert response.read_event() == b"data: 1\n\n"
 
         (question,) = guarded.shop.seen()[asked:]
-        assert question.finished.is_set()  # no worker of the shop is held by the open stream
+        assert question.finished.wait(DEADLINE)  # no worker of the shop is held by the open stream
         assert question.body == b""
         assert (question.method, question.target) == (b"GET", b"/relay-auth")
         assert question.all("X-Original-URI") == [f"/v1{path}".encode()]
