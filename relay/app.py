@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
 
-from relay import blueprint, environment, errors, log
+from relay import environment, errors, log
 from relay.blueprint import Relay
 from relay.metrics import CONTENT_TYPE, metrics
 from relay.settings import Settings
+from relay.views import answers, state
 
 if TYPE_CHECKING:
     from relay.mount import Mount
@@ -27,14 +28,14 @@ def create_app(config: Mapping[str, object] | None = None) -> Flask:
     log.to_standard_output()
     mount = Relay().init_service(app, settings)
     for name, view in (
-        ("health", blueprint.health),
-        ("health/live", blueprint.live),
-        ("health/ready", blueprint.ready),
+        ("health", state.health),
+        ("health/live", state.live),
+        ("health/ready", state.ready),
     ):
         app.add_url_rule(f"/{name}", f"service_{name.replace('/', '_')}", _bound(view, mount), methods=["GET"])
-    app.add_url_rule("/ticket", "service_ticket", _bound(blueprint.ticket, mount), methods=["POST"])
+    app.add_url_rule("/ticket", "service_ticket", _bound(state.ticket, mount), methods=["POST"])
     app.add_url_rule("/metrics", "service_metrics", lambda: _metrics(settings), methods=["GET"])
-    app.register_error_handler(errors.RelayError, blueprint.error_response)
+    app.register_error_handler(errors.RelayError, answers.error_response)
     app.register_error_handler(HTTPException, _http_error)
     app.register_error_handler(Exception, _bug)
     if settings.upstream_url is None:
@@ -73,7 +74,7 @@ def _http_error(error: HTTPException) -> Response:
     else:
         known = errors.BadRequest(error.description or "the request cannot be understood")
         known.status = error.code or 400
-    response = blueprint.error_response(known)
+    response = answers.error_response(known)
     for name, value in error.get_headers():
         if name.lower() == "allow":
             response.headers[name] = value
@@ -82,4 +83,4 @@ def _http_error(error: HTTPException) -> Response:
 
 def _bug(_error: Exception) -> Response:
     log.logger.exception("a request failed in the relay itself")
-    return blueprint.error_response(errors.RelayError("the relay failed; its log says why under this request id"))
+    return answers.error_response(errors.RelayError("the relay failed; its log says why under this request id"))

@@ -18,7 +18,7 @@ FLOORS = {
     0: ["sse", "headers", "errors", "paths", "http1", "record", "usage", "version"],
     1: ["settings", "waiting", "limits", "environment", "cpus", "metrics", "names", "drain", "keys"],
     2: ["upstream", "exchange", "stream", "incoming", "access", "log", "rates", "shared", "ticks"],
-    3: ["health", "mount", "blueprint"],
+    3: ["health", "mount", "views", "blueprint"],
     4: ["app", "demo", "cli", "doctor", "gunicorn_conf", "worker", "__main__"],
 }
 FLOOR = {f"relay.{name}": floor for floor, names in FLOORS.items() for name in names}

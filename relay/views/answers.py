@@ -1,0 +1,101 @@
+"""What the views answer with: a response that becomes a stream when Flask is done, the relay's JSON, its errors."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from flask import Response, current_app, request
+
+from relay import access, errors, log
+from relay.headers import SANDBOX, sane_request_id
+from relay.metrics import metrics
+
+if TYPE_CHECKING:
+    from relay.stream import Headers
+
+
+def error_response(error: errors.RelayError) -> Response:
+    """An error of the relay's as its JSON, with the headers that every response of the relay's carries."""
+    known_as = request_id()
+    metrics().refused(error.code)
+    mounts = current_app.extensions["relay"]
+    asked = mounts.get(request.blueprint) or next(iter(mounts.values()))  # beside its mount the service has one
+    address = access.client_address(request.environ, asked.settings)
+    log.refused(error, known_as, request.method, address, request.endpoint or "")
+    response = Response(error.json(known_as), status=error.status, content_type="application/json")
+    for name, value in [*error.headers(), *SANDBOX, ("X-Request-ID", known_as), ("Cache-Control", "no-store")]:
+        response.headers[name] = value
+    return response
+
+
+class _Deferred:
+    """Mixed into the app's response class: answers WSGI with a stream, whose status and headers come later."""
+
+    relay_begin: Callable[[Any, Callable[..., Any]], Iterable[bytes]]
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        return self.relay_begin(self, start_response)
+
+
+_deferred_classes: dict[type, type] = {}
+
+
+def deferred(begin: Callable[[Any, Callable[..., Any]], Iterable[bytes]]) -> Response:
+    """A response that `begin` turns into a stream. Holds nothing that would have to be freed if it is never served."""
+    base = current_app.response_class
+    deferred = _deferred_classes.get(base)
+    if deferred is None:
+        # Flask turns a response of any other class into the app's own, by assigning to its __class__.
+        deferred = _deferred_classes[base] = type("RelayedResponse", (_Deferred, base), {})
+    response: Response = deferred()
+    response.headers.clear()
+    response.relay_begin = begin  # type: ignore[attr-defined]
+    return response
+
+
+def complete(headers: Headers, of_the_shop: Headers, request_id: str) -> Headers:
+    """The upstream's headers and the relay's, with those that the shop's own hooks have put on the response.
+
+    The shop's win over the upstream's, but not over those that keep a stranger's content harmless and a stream moving.
+    """
+    ours = {name.lower() for name, _ in SANDBOX}
+    if any(name == "X-Accel-Buffering" for name, _ in headers):
+        ours |= {"x-accel-buffering", "cache-control"}
+    theirs = {"content-type", "content-length"}
+    if of_the_shop and any(name.lower() == "retry-after" for name, _ in headers):
+        theirs.add("retry-after")  # a rate limiter of the shop's puts one on every answer
+    shop = [pair for pair in of_the_shop if pair[0].lower() not in ours | theirs]
+    replaced = {name.lower() for name, _ in shop} - {"vary", "set-cookie", "link"}
+    return [
+        *(pair for pair in headers if pair[0].lower() not in replaced),
+        *shop,
+        ("X-Request-ID", request_id),
+    ]
+
+
+def request_id() -> str:
+    """The caller's request id if it is sane, else a new one; the same for the whole request."""
+    environ = request.environ
+    known = environ.get("relay.request_id")
+    if known is None:
+        known = sane_request_id(environ.get("HTTP_X_REQUEST_ID")) or os.urandom(16).hex()
+        environ["relay.request_id"] = known
+    return str(known)
+
+
+def client_socket(environ: Mapping[str, Any]) -> Any:
+    """The client's socket where the server shows it and it carries this response alone."""
+    if environ.get("HTTP_VERSION") == "2":  # gunicorn's mark of a stream among others on one connection
+        return None
+    return environ.get("gunicorn.socket") or environ.get("werkzeug.socket")
+
+
+def as_json(report: Mapping[str, Any]) -> Response:
+    """A report as JSON in the order of its keys, which an app's own provider may sort."""
+    response = Response(json.dumps(report) + "\n", content_type="application/json")
+    response.headers["Cache-Control"] = "no-store"
+    response.headers["X-Request-ID"] = request_id()
+    return response

@@ -1,0 +1,56 @@
+"""What a relay says of itself, and the ticket for those who may use it. None of it goes upstream."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from flask import Response, request
+
+from relay import access, errors
+from relay.drain import drain
+from relay.keys import TICKET_SECONDS
+from relay.version import __version__
+from relay.views import answers
+
+if TYPE_CHECKING:
+    from relay.mount import Mount
+
+
+def ticket(mount: Mount) -> Response:
+    """A ticket for EventSource, which cannot send a client key in a header."""
+    if not mount.keys:
+        raise errors.NotFound("no client keys are set (RELAY_CLIENT_KEYS), so nobody needs a ticket")
+    access.check_origin(request.environ, mount.settings)
+    name = mount.keys.check(request.environ)
+    return answers.as_json({"ticket": mount.keys.ticket(str(name)), "expires_in": TICKET_SECONDS})
+
+
+def health(mount: Mount) -> Response:
+    """The report for people and probes: 503 when the upstream is down or the relay is about to stop."""
+    known = mount.health.known()
+    status = "draining" if drain.draining else known.status
+    response = answers.as_json(
+        {
+            "status": status,
+            "upstream": known.report() | ({"demo": True} if mount.settings.upstream_url is None else {}),
+            "streams": {"open": mount.admission.open, "max": mount.admission.maximum},
+            "version": __version__,
+            "uptime_s": round(time.monotonic() - mount.started, 1),
+        }
+    )
+    response.status_code = 503 if status in ("down", "draining") else 200
+    return response
+
+
+def live(_mount: Mount) -> Response:
+    """The process works."""
+    return answers.as_json({"status": "ok"})
+
+
+def ready(_mount: Mount) -> Response:
+    """New requests are welcome; an upstream that is down does not change that."""
+    draining = drain.draining
+    response = answers.as_json({"status": "draining" if draining else "ok"})
+    response.status_code = 503 if draining else 200
+    return response
