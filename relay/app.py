@@ -11,6 +11,8 @@ from werkzeug.exceptions import HTTPException
 from relay import environment, errors, log
 from relay.blueprint import Relay
 from relay.metrics import CONTENT_TYPE, metrics
+from relay.parts import PARTS, routes
+from relay.paths import METHODS
 from relay.settings import Settings
 from relay.views import answers, state
 
@@ -26,7 +28,7 @@ def create_app(config: Mapping[str, object] | None = None) -> Flask:
     settings = Settings.from_mapping(environment.environment() if config is None else config, service=True)
     app = Flask("relay", static_folder=None)
     log.to_standard_output()
-    mount = Relay().init_service(app, settings)
+    mount = Relay(parts=()).init_service(app, settings)
     for name, view in (
         ("health", state.health),
         ("health/live", state.live),
@@ -34,6 +36,14 @@ def create_app(config: Mapping[str, object] | None = None) -> Flask:
     ):
         app.add_url_rule(f"/{name}", f"service_{name.replace('/', '_')}", _bound(view, mount), methods=["GET"])
     app.add_url_rule("/ticket", "service_ticket", _bound(state.ticket, mount), methods=["POST"])
+    for route in routes(PARTS):
+        app.add_url_rule(
+            f"/{route.path}",
+            f"service_{route.endpoint}",
+            _bound(route.view, mount),
+            methods=METHODS,
+            provide_automatic_options=False,
+        )
     app.add_url_rule("/metrics", "service_metrics", lambda: _metrics(settings), methods=["GET"])
     app.register_error_handler(errors.RelayError, answers.error_response)
     app.register_error_handler(HTTPException, _http_error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from flask import Blueprint, Flask, current_app
@@ -10,6 +10,8 @@ from werkzeug.routing import BaseConverter
 
 from relay import errors
 from relay.mount import EndHook, HeadersHook, Mount
+from relay.parts import MOUNTED, check, routes
+from relay.paths import METHODS
 from relay.settings import Settings
 from relay.views import answers, relayed, state
 
@@ -33,9 +35,12 @@ class Relay:
     app's config. `request_headers`: called in the request's context for each call, returns headers that are set on
     the request upstream in place of any others of their names. `on_end`: called with the `relay.record.Record` of each
     stream that has ended, for billing and audit; outside of any context of Flask's, and it must not block. What a
-    `before_request` or `request_headers` leaves in `flask.g.relay_tenant` is the record's `tenant`.
+    `before_request` or `request_headers` leaves in `flask.g.relay_tenant` is the record's `tenant`. `parts`: what it
+    serves below `{prefix}/_relay/` beside its health: `"prompts"` (the prompt endpoints), `"scripts"` (the JavaScript
+    client), `"page"` (a page to try it on); `()` is none of them.
 
-    Raises SettingsError from `init_app` (and from the constructor, given an app) if a setting is wrong.
+    Raises ValueError for an unknown part, and SettingsError from `init_app` (and from the constructor, given an app)
+    if a setting is wrong.
     """
 
     def __init__(
@@ -47,10 +52,11 @@ class Relay:
         settings: Mapping[str, object] | None = None,
         request_headers: HeadersHook | None = None,
         on_end: EndHook | None = None,
+        parts: Collection[str] = MOUNTED,
     ) -> None:
         self.name = name
         self.url_prefix = url_prefix
-        self.blueprint = _blueprint(name)
+        self.blueprint = _blueprint(name, check(parts))
         self._settings = settings
         self._request_headers = request_headers
         self._on_end = on_end
@@ -99,12 +105,20 @@ class Relay:
         self._apps.append(app)
 
 
-def _blueprint(name: str) -> Blueprint:
+def _blueprint(name: str, parts: Collection[str]) -> Blueprint:
     blueprint = Blueprint(name, __name__)
     for rule, view in (("health", state.health), ("health/live", state.live), ("health/ready", state.ready)):
         endpoint = rule.replace("/", "_")
         blueprint.add_url_rule(f"/_relay/{rule}", endpoint, _at(name, view), methods=["GET"])
     blueprint.add_url_rule("/_relay/ticks", "ticks", _at(name, relayed.ticks_request), methods=["GET"])
+    for route in routes(parts):
+        blueprint.add_url_rule(
+            f"/_relay/{route.path}",
+            route.endpoint,
+            _at(name, route.view),
+            methods=METHODS,
+            provide_automatic_options=False,
+        )
     relay = _at(name, relayed.relay_request)
 
     def everything_below(setup: BlueprintSetupState) -> None:

@@ -104,6 +104,26 @@ class UpstreamCut(RelayError):
     may_retry = False
 
 
+class UpstreamSaid(RelayError):
+    """The upstream's own error, where it is told in an event and not passed on as it came."""
+
+    status, code, type, reason = 502, "upstream_error", "upstream_error", "upstream_error"
+    may_retry = False
+
+    def __init__(self, message: str, *, kind: str | None, code: str | None, status: int | None) -> None:
+        """`kind`: its type. `status`: the one that the upstream answered with, or named; None: it is not known."""
+        super().__init__(message, code=code)
+        if kind is not None:
+            self.type = kind
+        self.upstream_status = status
+
+    def json(self, request_id: str) -> str:
+        told = json.loads(super().json(request_id))
+        if self.upstream_status is not None:
+            told["error"]["status"] = self.upstream_status
+        return json.dumps(told)
+
+
 class ConnectTimeout(RelayError):
     status, code, type, reason = 504, "connect_timeout", "timeout_error", "connect_timeout"
 
@@ -116,6 +136,12 @@ class FirstByteTimeout(RelayError):
 class IdleTimeout(RelayError):
     status, code, type, reason = 504, "idle_timeout", "timeout_error", "idle_timeout"
     may_retry = False
+
+
+class HeartbeatMissed(RelayError):
+    """A client that had begun to report in has stopped to."""
+
+    status, code, type, reason = 408, "heartbeat_missed", "timeout_error", "client_gone"
 
 
 class Drained(RelayError):

@@ -120,6 +120,14 @@ def check_model(request: Request, body: bytes | None, models: Collection[str]) -
     return dict(pairs)
 
 
+def check_named(model: str, models: Collection[str]) -> None:
+    """Refuse another model than these. Raises Forbidden."""
+    if model not in models:
+        raise errors.Forbidden(
+            "the model is not among those that this relay serves (RELAY_MODELS)", code="model_not_allowed"
+        )
+
+
 def _among(model: object, models: Collection[str]) -> bool:
     return model is None or (isinstance(model, str) and model in models)
 

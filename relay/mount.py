@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -59,7 +60,14 @@ class Mount:
         self._hook = request_headers
         self._on_end = on_end
         self.wants_model = on_end is not None  # the record of a stream names model and tenant only for the hook
+        #: A chat request goes upstream in Anthropic's shape and not in OpenAI's.
+        self.speaks_anthropic = any(name.lower() == "anthropic-version" for name, _ in settings.upstream_headers)
         drain.allow(settings.drain)
+
+    @cached_property
+    def without_heartbeats(self) -> Settings:
+        """The settings of a stream whose heartbeats somebody else sends."""
+        return replace(self.settings, heartbeat=0.0, hold=0.0)
 
     @cached_property
     def upstream(self) -> Upstream:

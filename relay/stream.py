@@ -52,8 +52,8 @@ class Stream:
     __slots__ = (
         "__weakref__", "_admission", "_arrived", "_beat_since", "_beating", "_began", "_broken", "_chunked", "_client",
         "_closed", "_deadline", "_excerpt", "_exchange", "_gave", "_held", "_hold_at", "_http10", "_join_next",
-        "_lease", "_over", "_pending", "_present", "_quiet_since", "_resumed", "_settings", "_spoken",
-        "_start_response", "_started", "_step", "_task", "_tracker", "_waiter", "_watch", "_writes", "record",
+        "_lease", "_look_at", "_over", "_pending", "_present", "_quiet_since", "_resumed", "_settings", "_spoken",
+        "_start_response", "_started", "_step", "_task", "_tracker", "_waiter", "_watch", "_writes", "failure", "record",
     )  # fmt: skip
 
     def __init__(
@@ -69,9 +69,11 @@ class Stream:
         admission: Admission,
         watch: Watch,
         closed: Callable[[], None],
+        viewed: bool = False,
     ) -> None:
         """`client`: the client's socket or None. `present` completes a response's headers. `watch` is told
-        of what becomes of it; `closed` is called when the server is done with the response."""
+        of what becomes of it; `closed` is called when the server is done with the response. `viewed`: the server gets
+        something else than these bytes (relay.textview)."""
         self._exchange = exchange
         self.record = record
         self._settings = settings
@@ -107,7 +109,9 @@ class Stream:
         self._pending: errors.RelayError | None = None
         self._chunked = False  # the server frames the body in chunks, so that its end is a write of its own
         #: Where the server's socket can do so: hold what is written next until what is written after it.
-        self._join_next: Callable[[], object] = getattr(client, "join_next", _nothing)
+        self._join_next: Callable[[], object] = _nothing if viewed else getattr(client, "join_next", _nothing)
+        self._look_at = _NEVER  # when a view wants to look at its own clocks
+        self.failure: errors.RelayError | None = None  # what it has ended with, once it has failed
         drain.open.add(self)
 
     def _held_until(self, now: float) -> float:
@@ -175,7 +179,9 @@ class Stream:
                 deadline = min(deadline, self._beat_since + self._settings.heartbeat)
             elif now >= self._hold_at:
                 return self._hold(now)
-            wake = waiter.wait(min(deadline, self._hold_at, drain.at))
+            if now >= self._look_at:
+                return b""
+            wake = waiter.wait(min(deadline, self._hold_at, self._look_at, drain.at))
             if wake is GONE:
                 raise ClientGone
             if (wake is READY or not exchange.empty) and exchange.read_head():
@@ -271,8 +277,9 @@ class Stream:
                 if wake is not READY:
                     if wake is GONE:
                         raise ClientGone
-                    beat = self._silence(monotonic())
-                    if beat:
+                    now = monotonic()
+                    beat = self._silence(now)
+                    if beat or now >= self._look_at:
                         return beat
                     continue
             data = exchange.read()
@@ -314,7 +321,7 @@ class Stream:
             self._quiet_since = self._beat_since = self._resumed
         elif self._beating:
             self._quiet_since += self._resumed - self._gave
-        self._beating = False
+        self._beating = now >= self._look_at  # what a view sends then is no time of the upstream's either
         idle_at = self._quiet_since + settings.idle_timeout if settings.idle_timeout else _NEVER
         if now >= idle_at:
             raise errors.IdleTimeout(
@@ -328,10 +335,10 @@ class Stream:
                 beat_at = now + settings.heartbeat
                 comment = self._tracker.heartbeat
                 if comment:
-                    self._deadline = min(idle_at, beat_at, drain.at)
+                    self._deadline = min(idle_at, beat_at, self._look_at, drain.at)
                     self._beating = True
                     return self._heartbeat(comment)
-        self._deadline = min(idle_at, beat_at, drain.at)
+        self._deadline = min(idle_at, beat_at, self._look_at, drain.at)
         return b""
 
     def _heartbeat(self, comment: bytes) -> bytes:
@@ -342,6 +349,7 @@ class Stream:
 
     def _fail(self, error: errors.RelayError) -> bytes:
         """Tell the client of a failure: with a status if none was sent, with a frame where one fits, else by a cut."""
+        self.failure = error
         record = self.record
         begun = record.status != 0
         tracker = self._tracker
@@ -354,15 +362,15 @@ class Stream:
             headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), *error.headers()]
             self._start(error.status, _REASONS.get(error.status, "Error"), headers + SANDBOX)
             return body
-        self._step = Stream._cut
+        self._step = Stream.cut
         if tracker is not None and tracker.at_boundary:
             return sse.error_frame(error.json(record.request_id))
-        return self._cut()
+        return self.cut()
 
     def _stop(self) -> NoReturn:
         raise StopIteration
 
-    def _cut(self) -> NoReturn:
+    def cut(self) -> NoReturn:
         """End the connection so that nobody takes the body for whole."""
         if self._http10 and self._client is not None:
             # Only a reset tells an HTTP/1.0 client. It overtakes what is still on its way, so wait for that.
@@ -401,6 +409,32 @@ class Stream:
         self._waiter.close()
         drain.open.discard(self)
         self._closed()
+
+    # For a view, which reads the stream and gives the server something else (relay.textview).
+
+    def look_again(self, at: float) -> None:
+        """Have `next` give b"" at that time (monotonic seconds) if nothing has come by then."""
+        self._look_at = at
+        self._deadline = min(self._deadline, at)
+
+    def rest(self, until: float) -> None:
+        """Wait until then, or the drain's end, without reading upstream. Raises StreamCut when the client goes.
+
+        Nothing is written meanwhile, and right afterwards something is.
+        """
+        began = self._resumed = monotonic()
+        until = min(until, drain.at)
+        while monotonic() < until:
+            if self._waiter.rest(until) is GONE:
+                self._end("client_gone")
+                raise errors.StreamCut
+        self._gave = monotonic()
+        self._quiet_since += self._gave - began
+
+    def finish(self, error: errors.RelayError | None = None) -> None:
+        """End it here: the rest is of no use, because of this error or because there is enough."""
+        self.failure = error
+        self._end("done" if error is None else error.reason or error.code)
 
     # From outside the stream's own greenlet or thread.
 

@@ -15,10 +15,10 @@ PACKAGE = Path(relay.__file__).parent
 
 # DESIGN.md, "The house". A new module gets its floor here: the lowest on which it can stand.
 FLOORS = {
-    0: ["sse", "headers", "errors", "paths", "http1", "record", "usage", "version"],
-    1: ["settings", "waiting", "limits", "environment", "cpus", "metrics", "names", "drain", "keys"],
-    2: ["upstream", "exchange", "stream", "incoming", "access", "log", "rates", "shared", "ticks"],
-    3: ["health", "mount", "views", "blueprint"],
+    0: ["sse", "headers", "errors", "paths", "http1", "record", "usage", "eventsource", "answer", "prompts", "version"],
+    1: ["settings", "waiting", "limits", "environment", "cpus", "metrics", "names", "drain", "keys", "presence"],
+    2: ["upstream", "exchange", "stream", "incoming", "access", "log", "rates", "shared", "ticks", "textview"],
+    3: ["health", "mount", "views", "parts", "blueprint"],
     4: ["app", "demo", "cli", "doctor", "gunicorn_conf", "worker", "__main__"],
 }
 FLOOR = {f"relay.{name}": floor for floor, names in FLOORS.items() for name in names}
@@ -33,7 +33,16 @@ LATE = {
 # What only one module may import, and what pure bytes have no use for.
 HTTP_LIBRARIES = {"requests", "urllib3"}
 ONLY_HERE = "relay.upstream"
-PURE = ["relay.sse", "relay.headers", "relay.errors", "relay.http1", "relay.paths"]
+PURE = [
+    "relay.sse",
+    "relay.headers",
+    "relay.errors",
+    "relay.http1",
+    "relay.paths",
+    "relay.eventsource",
+    "relay.answer",
+    "relay.prompts",
+]
 IMPURE = {
     "flask",
     "werkzeug",

@@ -93,6 +93,15 @@ def client_socket(environ: Mapping[str, Any]) -> Any:
     return environ.get("gunicorn.socket") or environ.get("werkzeug.socket")
 
 
+def empty(status: int) -> Response:
+    """A status that says it all."""
+    response = Response(status=status)
+    response.headers.clear()
+    response.headers["Cache-Control"] = "no-store"
+    response.headers["X-Request-ID"] = request_id()
+    return response
+
+
 def as_json(report: Mapping[str, Any]) -> Response:
     """A report as JSON in the order of its keys, which an app's own provider may sort."""
     response = Response(json.dumps(report) + "\n", content_type="application/json")

@@ -62,6 +62,9 @@ class Waiter(Protocol):
     def wait(self, deadline: float) -> Wake:
         """Wait until something happens, at the latest until `deadline` (monotonic seconds)."""
 
+    def rest(self, deadline: float) -> Wake:
+        """As `wait`, but whether the upstream's socket is readable is no matter."""
+
     def wake(self) -> None:
         """End the present wait, or the next one. From any thread or greenlet."""
 

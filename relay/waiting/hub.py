@@ -94,6 +94,16 @@ class HubWaiter:
         finally:
             self._waiting = None
 
+    def rest(self, deadline: float) -> Wake:
+        read, self._read = self._read, None
+        if read is not None and self._reading:
+            read.stop()
+            self._reading = False
+        try:
+            return self.wait(deadline)
+        finally:
+            self._read = read
+
     def wake(self) -> None:
         self._woken = True
         if self._waiting is not None:

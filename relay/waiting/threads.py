@@ -74,6 +74,15 @@ class ThreadWaiter:
         finally:
             self._waiting = False
 
+    def rest(self, deadline: float) -> Wake:
+        if self._poll is None:
+            return self.wait(deadline)
+        self._poll.unregister(self._upstream_fd)
+        try:
+            return self.wait(deadline)
+        finally:
+            self._poll.register(self._upstream_fd, select.POLLIN)
+
     def _stop_watching_client(self) -> None:
         if self._poll is not None and self._client is not None:
             self._poll.unregister(self._client.fileno())

@@ -1,0 +1,121 @@
+"""A request to a relay, from who may make it to the stream that carries it out. What all that goes upstream shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from flask import Response, g, request
+
+from relay import access, errors
+from relay.paths import allows
+from relay.record import Record
+from relay.stream import Stream
+from relay.views import answers
+
+if TYPE_CHECKING:
+    from relay.exchange import Exchange
+    from relay.mount import Mount
+    from relay.settings import Settings
+
+
+class Call:
+    """One request, whose origin, host and address may make it; its constructor raises Forbidden for another."""
+
+    __slots__ = ("address", "asked", "budget", "client", "environ", "mount", "request_id")
+
+    def __init__(self, mount: Mount) -> None:
+        settings = mount.settings
+        self.mount = mount
+        self.asked = request._get_current_object()  # type: ignore[attr-defined] # noqa: SLF001 - each use of the proxy costs
+        environ = self.environ = self.asked.environ
+        self.request_id = answers.request_id()
+        self.address = access.client_address(environ, settings)
+        self.client = ""  # whom it counts for, once `identify` has said so
+        self.budget: Sequence[tuple[str, str]] = ()  # response headers that tell what is left of it
+        access.check_origin(environ, settings)
+        if mount.service:
+            access.check_host(environ, settings)
+            access.check_peer(self.address, settings)
+
+    def identify(self, query: str | None) -> str | None:
+        """Who calls, by a ticket in the raw query, a key or an address; gives the query without the ticket.
+
+        Raises Unauthorized.
+        """
+        mount = self.mount
+        holder, query = mount.keys.take_ticket(query)
+        self.client = holder or mount.keys.check(self.environ) or access.payer(self.address)
+        return query
+
+    def permit(self, method: str, path: str) -> None:
+        """Raises Forbidden if this must not be called upstream."""
+        if not allows(self.mount.settings.allow, method, path):
+            raise errors.Forbidden(
+                f"{method} on this path is not among what this relay passes on (RELAY_ALLOW)",
+                code="path_not_allowed",
+            )
+
+    def count(self) -> None:
+        """Take it from the client's budget. Raises TooMany."""
+        if self.mount.rates is not None:
+            self.budget = self.mount.rates.take(self.client)
+
+    def overrides(self, record: Record) -> dict[str, str]:
+        """The headers that the shop's hook sets upstream, and the request's id; the record learns the tenant."""
+        overrides = self.mount.call_hook()
+        overrides["X-Request-ID"] = self.request_id
+        if self.mount.wants_model and (tenant := g.get("relay_tenant")) is not None:
+            record.tenant = str(tenant)
+        return overrides
+
+    def record(self, *, route: str, model: str | None, asks_for_events: bool) -> Record:
+        mount = self.mount
+        return Record(
+            request_id=self.request_id,
+            method=self.asked.method,
+            route=f"{mount.name}.{route}",
+            client=self.address,
+            owner=self.client,
+            mount=mount.name,
+            asks_for_events=asks_for_events,
+            model=model,
+            upstream_host=mount.settings.upstream_host,
+        )
+
+    def answer(self, begin: Callable[[Response, Callable[..., Any]], Iterable[bytes]]) -> Response:
+        """A response that `begin` turns into a stream when Flask is done."""
+        response = answers.deferred(begin)
+        for name, value in self.budget:
+            response.headers[name] = value
+        return response
+
+
+def stream(
+    mount: Mount,
+    environ: Mapping[str, Any],
+    exchange: Exchange,
+    record: Record,
+    response: Response,
+    start_response: Callable[..., Any],
+    *,
+    settings: Settings | None = None,
+    viewed: bool = False,
+) -> Stream:
+    """The stream of a call, when the server begins to write its response.
+
+    It takes no Call: whatever this holds, the stream holds to its end. `settings`: others than the mount's.
+    """
+    return Stream(
+        exchange,
+        record,
+        settings or mount.settings,
+        start_response,
+        client=answers.client_socket(environ),
+        http10=environ.get("SERVER_PROTOCOL") == "HTTP/1.0",
+        present=lambda headers: answers.complete(headers, list(response.headers), record.request_id),
+        admission=mount.admission,
+        watch=mount,
+        closed=response.close,
+        viewed=viewed,
+    )
