@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from flask import Blueprint, Flask, current_app
 from werkzeug.routing import BaseConverter
 
-from relay import errors
+from relay import cors, errors
 from relay.mount import EndHook, HeadersHook, Mount
 from relay.parts import MOUNTED, check, routes
 from relay.paths import METHODS
@@ -102,6 +102,11 @@ class Relay:
             raise ValueError(f"the app has a relay called {self.name!r} already; give this one another name=")
         mounts[self.name] = mount
         app.register_blueprint(self.blueprint, url_prefix=prefix.rstrip("/") or None)
+        across = None if mount.service else cors.hooks(app, mount.settings)
+        if across:
+            # Before the shop's own checks: a preflight brings no cookie and no key.
+            app.before_request_funcs.setdefault(self.name, []).insert(0, across[0])
+            app.after_request_funcs.setdefault(self.name, []).append(across[1])
         self._apps.append(app)
 
 

@@ -78,6 +78,12 @@ def _rates_can_be_counted(values: Values) -> str:
     return f"RELAY_RATE_LIMIT = {values['rate_limit']!r}: needs the package limits; pip install limits"
 
 
+def _other_origins_can_be_answered(values: Values) -> str:
+    if not values["cors_origins"] or _installed("flask_cors"):
+        return ""
+    return "RELAY_CORS_ORIGINS is set: needs the package flask-cors; pip install flask-cors"
+
+
 def _redis_can_be_asked(values: Values) -> str:
     used = values["rate_limit"] is not None or values["max_streams_per_client"]
     if not used or values["limits_url"].startswith("memory:") or _installed("redis"):
@@ -101,6 +107,7 @@ _KEY = ("upstream_key", "upstream_headers", "upstream_query")
 _ALWAYS: tuple[_Rule, ...] = (
     (("upstream_key", "upstream_key_header", "upstream_headers"), _one_key_header),
     (("rate_limit",), _rates_can_be_counted),
+    (("cors_origins",), _other_origins_can_be_answered),
     (("rate_limit", "max_streams_per_client", "limits_url"), _redis_can_be_asked),
 )
 _MOUNTED: tuple[_Rule, ...] = ((("upstream_url",), _mounted_upstream),)
