@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
 
-from relay import environment, errors, log
+from relay import cors, environment, errors, listing, log
 from relay.blueprint import Relay
 from relay.metrics import CONTENT_TYPE, metrics
 from relay.parts import PARTS, routes
@@ -45,6 +45,11 @@ def create_app(config: Mapping[str, object] | None = None) -> Flask:
             provide_automatic_options=False,
         )
     app.add_url_rule("/metrics", "service_metrics", lambda: _metrics(settings), methods=["GET"])
+    app.add_url_rule("/streams", "service_streams", lambda: _streams(settings), methods=["GET"])
+    across = cors.hooks(app, settings, not_for=("/metrics", "/streams"))
+    if across:
+        app.before_request(across[0])
+        app.after_request(across[1])
     app.register_error_handler(errors.RelayError, answers.error_response)
     app.register_error_handler(HTTPException, _http_error)
     app.register_error_handler(Exception, _bug)
@@ -62,6 +67,17 @@ def _metrics(settings: Settings) -> Response:
     if not _on_admin_address(settings):
         raise errors.NotFound("there is nothing at this path; metrics are on RELAY_ADMIN_BIND")
     return Response(metrics().expose(), content_type=CONTENT_TYPE)
+
+
+def _streams(settings: Settings) -> Response:
+    """The open streams of all workers, on the admin address only."""
+    if not _on_admin_address(settings):
+        raise errors.NotFound("there is nothing at this path; the list of streams is on RELAY_ADMIN_BIND")
+    streams, silent = listing.everywhere()
+    response = answers.as_json(streams)
+    if silent:
+        response.headers["X-Workers-Silent"] = ", ".join(map(str, silent))
+    return response
 
 
 def _on_admin_address(settings: Settings) -> bool:

@@ -20,7 +20,7 @@ import tempfile  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
-from relay import cpus, environment  # noqa: E402
+from relay import cpus, environment, listing, presence  # noqa: E402
 from relay.settings import Settings, SettingsError  # noqa: E402
 
 #: Streams a worker takes when RELAY_MAX_STREAMS is not set.
@@ -30,7 +30,7 @@ _STREAMS = 900
 _FILES = 65_536
 
 _running: dict[str, Any] = {}
-_metrics_folder: list[str] = []
+_folders: list[str] = []  # that go when the service ends
 #: The environment and its settings as they last were without a fault, and whether a reload has found one since.
 _as_given: dict[str, Any] = {}
 
@@ -158,7 +158,12 @@ def _start(server: Any) -> None:
     # files of an earlier one would be added too.
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="relay-metrics-", dir=_memory_folder())
-        _metrics_folder.append(os.environ["PROMETHEUS_MULTIPROC_DIR"])
+        _folders.append(os.environ["PROMETHEUS_MULTIPROC_DIR"])
+    # Where workers leave word for each other: that a client has reported in, and what each has open. mkdtemp makes it
+    # for this user alone.
+    if presence.FOLDER not in os.environ:
+        os.environ[presence.FOLDER] = tempfile.mkdtemp(prefix="relay-run-", dir=_memory_folder())
+        _folders.append(os.environ[presence.FOLDER])
 
 
 def _tell_what_is_counted_apart(server: Any) -> None:
@@ -179,6 +184,7 @@ def _tell_what_is_counted_apart(server: Any) -> None:
 
 
 def _worker_ended(_server: object, worker: Any) -> None:
+    listing.forget(worker.pid)
     # A worker that was killed cannot take back its open streams. Its counters stay: they must never go down.
     try:
         from prometheus_client.multiprocess import mark_process_dead
@@ -188,7 +194,7 @@ def _worker_ended(_server: object, worker: Any) -> None:
 
 
 def _end(_server: object) -> None:
-    for folder in _metrics_folder:
+    for folder in _folders:
         shutil.rmtree(folder, ignore_errors=True)
 
 

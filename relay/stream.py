@@ -7,6 +7,7 @@ nothing is read upstream while the server writes. The story from top to bottom: 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 Headers = list[tuple[str, str]]
 monotonic = time.monotonic
 _NEVER = float("inf")
+#: A write that has lasted so many seconds waits for the client.
+_PAUSED = 0.1
 
 
 class ClientGone(Exception):
@@ -441,6 +444,23 @@ class Stream:
     def wake(self) -> None:
         """Have the clocks looked at again: the drain has begun."""
         self._waiter.wake()
+
+    def report(self) -> dict[str, object]:
+        """What the list of open streams says of it: no address, key or prompt. Ages are seconds."""
+        record, now = self.record, monotonic()
+        state = "waiting" if record.first_byte is None else "reading"
+        if self._gave >= self._resumed and now - self._gave >= _PAUSED:
+            state = "paused"
+        return {
+            "id": record.request_id,
+            "age_s": round(now - self._began, 1),
+            "state": state,
+            "events": self._tracker.events if self._tracker is not None else 0,
+            "bytes": record.bytes,
+            "mount": record.mount,
+            "model": record.model,
+            "worker": os.getpid(),
+        }
 
     def break_write(self) -> None:
         """Free the server from a write that outlasts the drain."""

@@ -21,7 +21,7 @@ from gunicorn.http import errors as http_errors
 from gunicorn.http import message as http_message
 from gunicorn.workers.ggevent import GeventWorker
 
-from relay import errors
+from relay import errors, listing
 from relay.drain import drain
 from relay.waiting.client import break_off, gone
 
@@ -74,6 +74,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
     def load_wsgi(self) -> None:
         _count_as(os.getpid())
         super().load_wsgi()
+        listing.serve()
         # With thousands of streams open, a full collection stops them all for 100 ms and more. What is there now stays
         # for good, so it is not looked at again; and streams are freed by their reference counts, not by the collector.
         gc.collect()

@@ -17,8 +17,20 @@ PACKAGE = Path(relay.__file__).parent
 FLOORS = {
     0: ["sse", "headers", "errors", "paths", "http1", "record", "usage", "eventsource", "answer", "prompts", "version"],
     1: ["settings", "waiting", "limits", "environment", "cpus", "metrics", "names", "drain", "keys", "presence"],
-    2: ["upstream", "exchange", "stream", "incoming", "access", "log", "rates", "shared", "ticks", "textview"],
-    3: ["health", "mount", "views", "parts", "blueprint"],
+    2: [
+        "upstream",
+        "exchange",
+        "stream",
+        "incoming",
+        "access",
+        "log",
+        "rates",
+        "shared",
+        "ticks",
+        "textview",
+        "listing",
+    ],
+    3: ["health", "mount", "views", "parts", "cors", "blueprint"],
     4: ["app", "demo", "cli", "doctor", "gunicorn_conf", "worker", "__main__"],
 }
 FLOOR = {f"relay.{name}": floor for floor, names in FLOORS.items() for name in names}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flask import Response, current_app, request
@@ -102,7 +102,7 @@ def empty(status: int) -> Response:
     return response
 
 
-def as_json(report: Mapping[str, Any]) -> Response:
+def as_json(report: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Response:
     """A report as JSON in the order of its keys, which an app's own provider may sort."""
     response = Response(json.dumps(report) + "\n", content_type="application/json")
     response.headers["Cache-Control"] = "no-store"

@@ -1,0 +1,96 @@
+"""The open streams of all workers, for `GET /streams` on the admin address. No address, key or prompt is among it.
+
+Each worker listens on a Unix socket in the folder that they share, and tells whoever connects what it has open; whoever
+is asked for the list asks them all. So the list is as fresh as the question, and costs nothing while nobody asks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from relay import presence
+from relay.drain import drain
+
+#: Seconds that a worker has to answer in: one that is busy for longer shows as silent.
+_PATIENCE = 1.0
+
+Entries = list[dict[str, Any]]
+
+
+def here() -> Entries:
+    """The open streams of this process, the oldest first."""
+    reports = [stream.report() for stream in list(drain.open) if hasattr(stream, "report")]
+    return sorted(reports, key=lambda report: -report["age_s"])
+
+
+def everywhere() -> tuple[Entries, list[int]]:
+    """The open streams of all workers, and the process ids of those that did not answer in time."""
+    found: dict[int, Entries] = {os.getpid(): here()}
+    asked: dict[int, threading.Thread] = {}
+    for path in _sockets():
+        pid = int(path.stem.partition("-")[2])
+        if pid not in found:
+            asked[pid] = threading.Thread(target=_ask, args=(path, pid, found), daemon=True)
+            asked[pid].start()
+    give_up = time.monotonic() + _PATIENCE
+    for thread in asked.values():
+        thread.join(max(give_up - time.monotonic(), 0))
+    answered = [entry for entries in list(found.values()) for entry in entries]
+    return sorted(answered, key=lambda report: -report["age_s"]), sorted(asked.keys() - found.keys())
+
+
+def serve() -> None:
+    """Answer the other workers from now on, if there is a folder that is shared with them."""
+    if presence.FOLDER not in os.environ:
+        return
+    path = _socket_of(os.getpid())
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen(16)
+    threading.Thread(target=_answer, args=(listener,), name="relay-listing", daemon=True).start()
+
+
+def forget(pid: int) -> None:
+    """The worker of this process id has ended."""
+    if presence.FOLDER in os.environ:
+        _socket_of(pid).unlink(missing_ok=True)
+
+
+def _answer(listener: socket.socket) -> None:
+    while True:
+        try:
+            asker, _ = listener.accept()
+            with asker:
+                asker.settimeout(_PATIENCE)
+                asker.sendall(json.dumps(here()).encode())
+        except OSError:  # noqa: PERF203 - one question in a while
+            time.sleep(0.1)  # the asker has left, or there are no file descriptors
+
+
+def _ask(path: Path, pid: int, found: dict[int, Entries]) -> None:
+    with contextlib.suppress(OSError, ValueError), socket.socket(socket.AF_UNIX) as worker:
+        worker.settimeout(_PATIENCE)
+        try:
+            worker.connect(str(path))
+        except ConnectionRefusedError:
+            found[pid] = []  # it has ended
+            return
+        with worker.makefile("rb") as answer:
+            found[pid] = json.loads(answer.read())
+
+
+def _socket_of(pid: int) -> Path:
+    return Path(os.environ[presence.FOLDER], f"streams-{pid}.sock")
+
+
+def _sockets() -> list[Path]:
+    folder = os.environ.get(presence.FOLDER)
+    return sorted(Path(folder).glob("streams-*.sock")) if folder else []

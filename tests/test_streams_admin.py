@@ -1,0 +1,140 @@
+"""GET /streams on the admin address: every open stream of every worker, and nothing of who it is for."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from harness import eventually, servers
+from harness.client import Connection, request
+from harness.upstream import Upstream
+from test_prompts import STREAM, chunk, flood
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from harness.servers import Gunicorn
+
+JSON = {"Content-Type": "application/json"}
+WORKERS = 3
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[Upstream]:
+    with Upstream() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def relay(upstream: Upstream) -> Iterator[Gunicorn]:
+    env = {"RELAY_UPSTREAM_URL": upstream.base_url, "WEB_CONCURRENCY": str(WORKERS), "RELAY_CLIENT_KEYS": "key-a"}
+    with servers.gunicorn(env) as running:
+        eventually(lambda: len(running.workers()) == WORKERS, "all workers")
+        yield running
+
+
+def listed(relay: Gunicorn) -> list[dict[str, Any]]:
+    response = request(relay.admin_port, "GET", "/streams")
+    assert (response.status, response.header("Content-Type")) == (200, b"application/json")
+    found: list[dict[str, Any]] = json.loads(response.finish().data)
+    return found
+
+
+def begin(relay: Gunicorn, target: str, name: str, body: bytes) -> Connection:
+    connection = Connection(relay.port, rcvbuf=4096)
+    connection.send("POST", target, {**JSON, "x-api-key": "key-a", "X-Request-ID": name}, body)
+    return connection
+
+
+def test_all_workers_streams_are_listed_by_whichever_is_asked(relay: Gunicorn, upstream: Upstream) -> None:
+    path = upstream.by_hand("/chat/completions")
+    wanted = {f"stream-{n}" for n in range(24)}
+    open_streams = [begin(relay, "/v1" + path, name, b"{}") for name in sorted(wanted)]
+    exchanges = [upstream.next(path) for _ in wanted]
+    for _ in range(6):  # whichever worker takes the question
+        streams = listed(relay)
+        assert {entry["id"] for entry in streams} == wanted
+        assert {entry["worker"] for entry in streams} <= set(relay.workers())
+        assert [entry["age_s"] for entry in streams] == sorted((entry["age_s"] for entry in streams), reverse=True)
+    assert len({entry["worker"] for entry in streams}) > 1
+    for connection in open_streams:
+        connection.close()
+    for ex in exchanges:
+        ex.wait_gone()
+    eventually(lambda: listed(relay) == [], "no stream in the list")
+
+
+def test_an_entry_says_how_a_stream_does_and_not_whose_it_is(relay: Gunicorn, upstream: Upstream) -> None:
+    path = upstream.by_hand("/chat/completions")
+    with begin(relay, "/chat/stream", "the-one", b'{"prompt": "a secret wish", "model": "small"}') as connection:
+        ex = upstream.next(path)
+        (entry,) = listed(relay)
+        assert entry.pop("age_s") >= 0
+        assert entry.pop("worker") in relay.workers()
+        state = {"id": "the-one", "events": 0, "bytes": 0, "mount": "relay", "model": "small", "state": "waiting"}
+        assert entry == state
+        ex.head(headers=STREAM)
+        ex.send(chunk("one"))
+        ex.send(chunk("two"))
+        connection.read_head().read_until(b"two\n\n")
+        (entry,) = listed(relay)
+        assert (entry["state"], entry["events"], entry["bytes"]) == ("reading", 2, len(chunk("one") + chunk("two")))
+    ex.wait_gone()
+    eventually(lambda: listed(relay) == [], "no stream in the list")
+
+
+def test_a_stream_whose_client_does_not_read_is_paused(relay: Gunicorn, upstream: Upstream) -> None:
+    path = upstream.serve(flood)
+    with begin(relay, "/v1" + path, "slow", b"{}"):
+        eventually(lambda: [entry["state"] for entry in listed(relay)] == ["paused"], "a paused stream")
+    eventually(lambda: listed(relay) == [], "no stream in the list")
+
+
+def test_the_list_is_on_the_admin_address_only(relay: Gunicorn) -> None:
+    for headers in ({}, {"Host": f"127.0.0.1:{relay.admin_port}"}, {"X-Forwarded-For": "127.0.0.1"}):
+        response = request(relay.port, "GET", "/streams", headers)
+        assert response.status == 404
+        response.finish()
+
+
+def test_a_worker_that_is_killed_is_forgotten_and_one_that_hangs_is_named(relay: Gunicorn) -> None:
+    first = relay.kill_worker()
+    eventually(lambda: first not in relay.workers() and len(relay.workers()) == WORKERS, "another worker")
+    response = request(relay.admin_port, "GET", "/streams")
+    assert response.header("X-Workers-Silent") is None
+    response.finish()
+    stuck = relay.workers()[0]
+    os.kill(stuck, signal.SIGSTOP)
+    try:
+        seen = set()
+        for _ in range(3):
+            # The one that hangs may be the one that is asked: then somebody else is.
+            with Connection(relay.admin_port) as connection:
+                connection.send("GET", "/streams")
+                try:
+                    response = connection.read_head(3.0)
+                except AssertionError:
+                    continue
+                seen.add(response.header("X-Workers-Silent"))
+        assert seen == {str(stuck).encode()}
+    finally:
+        os.kill(stuck, signal.SIGCONT)
+
+
+def test_the_shared_folder_is_this_users_alone_and_goes_with_the_service(upstream: Upstream) -> None:
+    with servers.gunicorn({"RELAY_UPSTREAM_URL": upstream.base_url}) as running:
+        (worker,) = running.workers()
+        environ = Path(f"/proc/{worker}/environ").read_bytes()
+        assert b"SSE_RELAY_RUN_DIR" not in environ  # it is made by the master, for its own
+        (folder,) = [path.parent for path in _folders() if path.name == f"streams-{worker}.sock"]
+        assert folder.stat().st_mode & 0o777 == 0o700
+        running.stop()
+        assert not folder.exists()
+
+
+def _folders() -> list[Path]:
+    return [path for root in ("/dev/shm", "/tmp") for path in Path(root).glob("relay-run-*/streams-*.sock")]
