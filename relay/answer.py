@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from relay import errors
+from relay.eventsource import Parser
 
 if TYPE_CHECKING:
     from relay.eventsource import Event
@@ -215,11 +216,12 @@ def failure_in_body(body: bytes, status: int, content_type: str) -> errors.Upstr
         kind = content_type.partition(";")[0].strip()[:_MOST_NAME] or "no content type"
         return errors.UpstreamSaid(
             f"the upstream answered {status} with {_plain(kind, _MOST_NAME)}, and not with an event stream",
-            kind=None,
-            code=None,
             status=status,
         )
-    return failure(_json(text), "", status)
+    said = _json(text)
+    if said is None:
+        said = next(filter(None, (_json(event.data) for event in Parser().feed(body))), None)
+    return failure(said, "", status)
 
 
 def _tells_of_failure(said: Mapping[str, Any]) -> bool:

@@ -110,7 +110,9 @@ class UpstreamSaid(RelayError):
     status, code, type, reason = 502, "upstream_error", "upstream_error", "upstream_error"
     may_retry = False
 
-    def __init__(self, message: str, *, kind: str | None, code: str | None, status: int | None) -> None:
+    def __init__(
+        self, message: str, *, kind: str | None = None, code: str | None = None, status: int | None = None
+    ) -> None:
         """`kind`: its type. `status`: the one that the upstream answered with, or named; None: it is not known."""
         super().__init__(message, code=code)
         if kind is not None:

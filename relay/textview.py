@@ -110,12 +110,14 @@ class TextView:
         self._begun = False
         # Clocks, in monotonic seconds.
         now = monotonic()
-        self._hold_at = now + settings.hold if settings.hold and settings.heartbeat else _NEVER
-        self._begin_at = now if presence is not None else self._hold_at
+        # As a stream's own hold; one that tells its id does so at once.
+        hold_at = now + settings.hold if settings.hold and settings.heartbeat else _NEVER
+        self._begin_at = now if presence is not None else hold_at
         self._beat_at = _NEVER
         self._flush_at = _NEVER
         self._slot_at = now  # when the next event of text may be sent
-        self._silent_since = now
+        self._interval = 1 / pace.events_per_second if pace.events_per_second else 0.0
+        self._silent_since = now  # no text since then
         self._spoke = False  # the server has been given something
 
     def __iter__(self) -> TextView:
@@ -124,8 +126,7 @@ class TextView:
     def __next__(self) -> bytes:
         if self._spoke:
             self._spoke = False
-            self._silent_since = monotonic()
-            self._beat_at = self._silent_since + (self._settings.heartbeat or _NEVER)
+            self._beat_at = monotonic() + (self._settings.heartbeat or _NEVER)
         data = self._then(self)
         self._spoke = True
         return data
@@ -137,6 +138,7 @@ class TextView:
         while True:
             said = self._say()
             if said:
+                self._silent_since = monotonic()
                 return said
             if self._texts:
                 beat = self._rest()
@@ -148,11 +150,11 @@ class TextView:
     def _say(self) -> bytes:
         """What may be sent now: all text that there is, with a pace one event of it, and the end after it."""
         texts = self._texts
-        if texts and self._pace.events_per_second:
+        if texts and self._interval:
             now = monotonic()
             if now < min(self._slot_at, drain.at):
                 return b""
-            self._slot_at = now + 1 / self._pace.events_per_second
+            self._slot_at = now + self._interval
             return texts.popleft()
         said = b"".join(texts)
         texts.clear()
@@ -189,7 +191,8 @@ class TextView:
             return self._answered(data)
         if data:
             self._take(data)
-            return None
+            if self._texts or self._last is not None:
+                return None
         return self._look(monotonic())
 
     def _look(self, now: float) -> bytes | None:
@@ -203,6 +206,7 @@ class TextView:
         if self._presence is not None and self._presence.missed():
             error = errors.HeartbeatMissed("no POST to stream/heartbeat came in time: the client seems to have gone")
             self._stream.finish(error)  # the upstream is let go at once
+            self._interval = 0.0
             return self._failed(error)
         if now >= self._beat_at:
             self._stream.record.heartbeats += 1

@@ -237,6 +237,26 @@ def test_the_curl_example_streams(demo: Gunicorn) -> None:
     assert "You said: “Hello”." in "".join(words)
 
 
+def test_the_examples_of_the_prompt_endpoints_stream(demo: Gunicorn) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    example = block("curl -N", "/stream/aware").replace("\\\n", " ")
+    for line, marks in zip(
+        [line for line in example.splitlines() if line],
+        (
+            ["chat.completion.chunk", "data: [DONE]"],
+            ["event: batch", "event: final", "event: done"],
+            ["id: ", "event: message\ndata: Hello\n", "event: done"],
+            ["event: stream_id", "event: message\ndata: Hello\n", "event: done"],
+            ["no open stream of this id"],
+        ),
+        strict=True,
+    ):
+        command = shlex.split(line.replace(SERVICE, f"127.0.0.1:{demo.port}"))
+        done = subprocess.run([*command, "-sS"], capture_output=True, text=True, check=True, timeout=30)
+        assert [mark for mark in marks if mark not in done.stdout] == []
+
+
 def test_the_openai_example_prints_the_answer(demo: Gunicorn) -> None:
     example = block("from openai import OpenAI")
     assert SERVICE in example
@@ -354,19 +374,8 @@ def _shape(value: object) -> object:
 def test_what_is_said_not_to_be_there_yet_is_not_there_yet(demo: Gunicorn) -> None:
     """Whoever builds it must say so in the README, and here."""
     tool = _script(REPO / "tools/settings-table")
-    marked = {name.removeprefix("RELAY_") for name, note in tool.NOTES.items() if "in effect yet" in note}
-    assert marked == {"CHAT_MODEL", "CORS_ORIGINS"}
-    with Upstream() as upstream:
-        path = upstream.serve(lambda ex: ex.reply(b"{}"))
-        env = {
-            "RELAY_UPSTREAM_URL": upstream.base_url,
-            "RELAY_CORS_ORIGINS": "https://shop.example",
-        }
-        with servers.gunicorn(env) as relay:
-            origin = {"Origin": "https://shop.example", "Access-Control-Request-Method": "POST"}
-            preflight = request(relay.port, "OPTIONS", "/v1" + path, origin)
-            assert preflight.all("Access-Control-Allow-Origin") == []
-    for route in ("/", "/api/stream-chat", "/chat/stream", "/stream/aware", "/relay-client.js", "/streams"):
+    assert [name for name, note in tool.NOTES.items() if "in effect yet" in note] == []
+    for route in ("/", "/relay-client.js", "/use-streaming-chat.js"):
         assert request(demo.port, "GET", route).status == 404
 
 

@@ -269,6 +269,7 @@ def test_no_error_is_no_failure() -> None:
     ("body", "status", "message"),
     [
         (llm.openai_error("no", "t", "c"), 429, "no"),
+        (b"event: error\ndata: " + llm.openai_error("no", "t", "c") + b"\n\n", 500, "no"),
         (b"<html>busy</html>", 503, "the upstream answered 503"),
         (b"", 500, "the upstream answered 500"),
         (llm.chat_answer(), 200, "the upstream answered 200 with application/json, and not with an event stream"),

@@ -237,7 +237,7 @@ _SERVER = (
         "RELAY_ADMIN_BIND",
         BIND_OR_OFF,
         "127.0.0.1:8001",
-        "health and metrics, which answer even when the service is full",
+        "health, metrics and the list of open streams, which answer even when the service is full",
     ),
 )
 
