@@ -105,6 +105,10 @@ class Answer:
 
     def summary(self) -> dict[str, Any]:
         """What is told when the answer is complete."""
+        try:
+            json.dumps(self.usage)
+        except RecursionError:  # what can just be read may be too deep to be written
+            self.usage = None
         return {"finish_reason": self.finish_reason, "model": self.model, "usage": self.usage}
 
     def _text(self, said: Mapping[str, Any]) -> str:

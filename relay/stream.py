@@ -426,9 +426,8 @@ class Stream:
         Nothing is written meanwhile, and right afterwards something is.
         """
         began = self._resumed = monotonic()
-        until = min(until, drain.at)
-        while monotonic() < until:
-            if self._waiter.rest(until) is GONE:
+        while monotonic() < min(until, drain.at):
+            if self._waiter.rest(min(until, drain.at)) is GONE:
                 self._end("client_gone")
                 raise errors.StreamCut
         self._gave = monotonic()

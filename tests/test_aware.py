@@ -298,3 +298,20 @@ def test_a_cut_is_an_error(place: Place) -> None:
     found = [each for each in events(body.data) if each[0] not in ("ping", "stream_id")]
     assert [name for name, _ in found] == ["batch", "error"]
     assert json.loads(found[1][1])["error"]["code"] == "upstream_cut"
+
+
+def test_pings_come_however_fast_an_upstream_sends_what_is_no_text(place: Place) -> None:
+    def thinks(ex: Exchange) -> None:
+        ex.head(headers=STREAM)
+        thought = llm.event(llm.as_json({"choices": [{"delta": {"reasoning_content": "hm " * 100}}]})) * 50
+        while True:
+            ex.send(thought)
+
+    place.upstream.serve(thinks, CHAT)
+    before = len(place.upstream.seen(CHAT))
+    response = place.ask("/stream/aware", prompt="Hello")
+    assert events(response.read_event())[0][0] == "stream_id"
+    for _ in range(2):
+        assert events(response.read_event())[0][0] == "ping"
+    response.close()
+    place.upstream.wait_for(before + 1, CHAT).wait_gone()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlencode
@@ -10,7 +12,7 @@ from urllib.parse import urlencode
 import pytest
 from harness import cases, eventually, llm, own_cases, servers
 from harness.client import Connection, request
-from harness.upstream import Upstream
+from harness.upstream import PeerGone, Upstream
 
 from relay.eventsource import Parser
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from conftest import Service
     from harness.client import Response
     from harness.servers import Gunicorn
     from harness.upstream import Exchange
@@ -492,6 +495,71 @@ def test_an_upstream_that_falls_silent_is_an_error(place: Place) -> None:
     ex.wait_gone()
 
 
+def test_an_event_that_nobody_could_keep_is_an_error(place: Place) -> None:
+    place.by_hand()
+    connection = place.post(prompt="Hello")
+    ex = place.next()
+    ex.head(headers=STREAM)
+    ex.send(chunk("one") + b"data: ")
+    with contextlib.suppress(PeerGone):
+        while ex.written < 64 * 1024 * 1024:
+            ex.send(b"x" * 65536)
+    assert ex.written < 16 * 1024 * 1024 or ex.gone
+    body = connection.read_head().finish()
+    assert body.ended == "cut"
+    assert said(events(body.data)) == "one"
+    assert "8388608 bytes" in error_of(body.data)["message"]
+
+
+def test_a_client_of_http_1_0_sees_a_cut_too(service: Place) -> None:
+    place = service
+    place.answers(chunk("one"), then="abort")
+    with Connection(place.port) as connection:
+        body = b'{"prompt": "Hello"}'
+        connection.send("POST", f"{place.at}/chat/stream", JSON, body, version="HTTP/1.0")
+        whole = connection.read_head().finish()
+    assert whole.ended == "cut"
+    assert error_of(whole.data)["code"] == "upstream_cut"
+
+
+@pytest.mark.parametrize("how", [{}, {"batch_size": 1000}, {"max_events_per_second": 0.1}, {"aware": True}])
+def test_a_drain_ends_it_with_a_word(upstream: Upstream, how: dict[str, Any]) -> None:
+    with servers.gunicorn({"RELAY_UPSTREAM_URL": upstream.base_url, "RELAY_DRAIN": "300ms"}) as relay:
+        place = Place(upstream, relay.port, "", relay)
+        place.by_hand()
+        connection = place.post("/stream/aware" if how.pop("aware", False) else "/chat/stream", prompt="Hello", **how)
+        ex = place.next()
+        ex.head(headers=STREAM)
+        ex.send(chunk("one") + chunk("two"))
+        response = connection.read_head()
+        relay.send_signal(signal.SIGTERM)
+        body = response.finish()
+        assert body.ended == "cut"
+        assert said(events(body.data)) == "onetwo"
+        assert json.loads(events(body.data)[-1][1])["error"]["code"] == "drained"
+        ex.wait_gone()
+
+
+def test_it_goes_through_nginx_piece_by_piece(behind_nginx: Service) -> None:
+    upstream = behind_nginx.upstream
+    upstream.by_hand(CHAT)
+    try:
+        with Connection(behind_nginx.port) as connection:
+            connection.send("POST", "/chat/stream", JSON, b'{"prompt": "Hello"}')
+            ex = upstream.next(CHAT)
+            ex.head(headers=STREAM)
+            response = connection.read_head()
+            for piece in (" one", " two"):
+                ex.send(chunk(piece))
+                assert response.read_event() == f"event: message\ndata: {piece}\n\n".encode()
+            ex.abort()
+            body = response.finish()
+            assert body.ended == "cut"
+            assert events(body.data)[-1][0] == "error"
+    finally:
+        upstream.forget(CHAT)
+
+
 # --- An EventSource
 
 
@@ -850,3 +918,15 @@ def test_scripts_are_served_from_memory(tmp_path: Path, monkeypatch: pytest.Monk
     assert client.get("/ai/_relay/relay-client.js", headers={"If-None-Match": '"other"'}).status_code == 200
     assert client.head("/ai/_relay/relay-client.js").status_code == 200
     assert client.post("/ai/_relay/relay-client.js").status_code == 405
+
+
+def test_no_stream_is_left(service: Place) -> None:
+    """After all of the above: every slot has been given back."""
+
+    def left() -> int:
+        health = json.loads(request(service.port, "GET", "/health").finish().data)
+        return int(health["streams"]["open"])
+
+    eventually(lambda: left() == 0, "the end of all streams")
+    metrics = request(service.relay.admin_port, "GET", "/metrics").finish().data.decode()
+    assert 'relay_open_streams{mount="relay"} 0.0' in metrics
