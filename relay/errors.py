@@ -107,7 +107,7 @@ class UpstreamCut(RelayError):
 class UpstreamSaid(RelayError):
     """The upstream's own error, where it is told in an event and not passed on as it came."""
 
-    status, code, type, reason = 502, "upstream_error", "upstream_error", "upstream_error"
+    status, code, type, reason = 502, "upstream_refused", "upstream_error", "upstream_error"
     may_retry = False
 
     def __init__(

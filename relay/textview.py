@@ -62,7 +62,7 @@ class Head:
 
     @property
     def code(self) -> int:
-        return int(self.status[:3])
+        return int(self.status[:3] or 0)
 
     def field(self, name: str) -> str:
         return next((value for key, value in self.headers if key.lower() == name), "")
@@ -99,7 +99,7 @@ class TextView:
         self._answer = Answer()
         self._after_cr = False  # the text so far has ended in a carriage return, to which a newline may still belong
         self._heard = False  # the head of the upstream's answer
-        self._refusal: list[bytes] | None = None  # the body of an answer that is no event stream
+        self._refusal: bytearray | None = None  # the body of an answer that is no event stream
         self._gathered: list[str] = []
         self._gathered_size = 0
         self._texts: deque[bytes] = deque()  # events of text that wait for their turn
@@ -165,9 +165,8 @@ class TextView:
 
     def _rest(self) -> bytes | None:
         """Wait for the next turn; meanwhile nothing is read upstream, so that TCP slows it."""
-        self._stream.rest(
-            min(self._slot_at, self._beat_at, _NEVER if self._presence is None else self._presence.look_at)
-        )
+        presence_at = _NEVER if self._presence is None else self._presence.look_at
+        self._stream.rest(min(self._slot_at, self._beat_at, presence_at))
         return self._look(monotonic())
 
     def _hear(self) -> bytes | None:
@@ -185,8 +184,8 @@ class TextView:
             return self._failed(stream.failure)
         if stream.failure is not None:
             return self._refused(data) if not stream.record.admitted else self._failed(stream.failure)
-        if self._refusal is not None:
-            return self._hear_refusal(data)
+        if self._refusal is not None and data:
+            return self._hear_refusal(self._refusal, data)
         if not self._heard and self._head.status:
             return self._answered(data)
         if data:
@@ -246,8 +245,8 @@ class TextView:
         head = self._head
         plain = head.field("content-encoding").strip().lower() in ("", "identity")
         if head.code != 200 or not plain or not sse.is_event_stream(head.field("content-type")):
-            self._refusal = []
-            return self._hear_refusal(data)
+            self._refusal = bytearray()
+            return self._hear_refusal(self._refusal, data)
         begun = None if self._begun else self._begin()
         if data:
             self._take(data)
@@ -260,17 +259,13 @@ class TextView:
         self._start_response(self._head.status, self._complete(self._head.headers))
         return body
 
-    def _hear_refusal(self, data: bytes) -> bytes | None:
+    def _hear_refusal(self, refusal: bytearray, data: bytes) -> bytes | None:
         """An answer that is no event stream of status 200: its beginning says why."""
-        refusal = self._refusal
-        assert refusal is not None  # noqa: S101 - for the type checker
-        refusal.append(data)
-        if sum(map(len, refusal)) < _MOST_OF_AN_ERROR:
-            return None
-        return self._refusal_heard()
+        refusal += data
+        return self._refusal_heard(refusal) if len(refusal) >= _MOST_OF_AN_ERROR else None
 
-    def _refusal_heard(self) -> bytes | None:
-        body = b"".join(self._refusal or [])[:_MOST_OF_AN_ERROR]
+    def _refusal_heard(self, refusal: bytearray) -> bytes | None:
+        body = bytes(refusal[:_MOST_OF_AN_ERROR])
         return self._failed(failure_in_body(body, self._head.code, self._head.field("content-type")))
 
     # The text.
@@ -338,7 +333,7 @@ class TextView:
     def _ended(self) -> bytes | None:
         """The upstream's body has ended cleanly. Whether the answer has, is another matter."""
         if self._refusal is not None:
-            return self._refusal_heard()
+            return self._refusal_heard(self._refusal)
         if self._answer.finished:
             self._last = self._done()
             return None
@@ -371,7 +366,7 @@ class TextView:
 
     def _failed(self, error: errors.RelayError) -> bytes | None:
         """Have it told, and the head sent if it was not."""
-        self._fault = error
+        self._fault = error.with_traceback(None)  # which would tie the view to itself
         begun = None
         if self._begun:
             # What the upstream has said to its end is a whole answer; all else is cut off.

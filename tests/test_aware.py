@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,9 +124,13 @@ def test_a_client_that_has_never_reported_need_not(place: Place) -> None:
 def test_a_client_that_reports_in_at_any_worker_keeps_its_stream_and_one_that_stops_to_loses_it(place: Place) -> None:
     response, stream_id, ex = begin(place)
     ex.head(headers=STREAM)
+    (file,) = files(place, stream_id)
+    owner = int(file.read_text().split()[0])
     until = time.monotonic() + 3
     while time.monotonic() < until:
-        assert report(place, stream_id) == 204  # each on a new connection: whichever worker takes it
+        os.kill(owner, signal.SIGSTOP)  # so that another worker takes the report
+        assert report(place, stream_id) == 204
+        os.kill(owner, signal.SIGCONT)
         ex.send(chunk("x"))
         time.sleep(0.2)
     stopped = time.monotonic()
@@ -314,4 +319,5 @@ def test_pings_come_however_fast_an_upstream_sends_what_is_no_text(place: Place)
     for _ in range(2):
         assert events(response.read_event())[0][0] == "ping"
     response.close()
-    place.upstream.wait_for(before + 1, CHAT).wait_gone()
+    ex = place.upstream.wait_for(before + 1, CHAT)
+    eventually(lambda: ex.gone, "the end of the request upstream")

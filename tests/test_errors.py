@@ -25,9 +25,11 @@ TABLE = [
     (errors.UpstreamUnreachable, 502, "upstream_unreachable", "upstream_error", "upstream_error", True),
     (errors.UpstreamFailed, 502, "upstream_error", "upstream_error", "upstream_error", False),
     (errors.UpstreamCut, 502, "upstream_cut", "upstream_error", "upstream_cut", False),
+    (errors.UpstreamSaid, 502, "upstream_refused", "upstream_error", "upstream_error", False),
     (errors.ConnectTimeout, 504, "connect_timeout", "timeout_error", "connect_timeout", True),
     (errors.FirstByteTimeout, 504, "first_byte_timeout", "timeout_error", "first_byte_timeout", False),
     (errors.IdleTimeout, 504, "idle_timeout", "timeout_error", "idle_timeout", False),
+    (errors.HeartbeatMissed, 408, "heartbeat_missed", "timeout_error", "client_gone", True),
     (errors.Drained, 503, "drained", "overloaded_error", "drained", False),
 ]
 KINDS = [row[0] for row in TABLE]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlencode
 
@@ -18,7 +20,6 @@ from relay.eventsource import Parser
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from conftest import Service
     from harness.client import Response
@@ -679,7 +680,8 @@ def test_a_client_that_stops_reading_or_a_pace_pauses_the_upstream(place: Place,
     assert stands_still(ex) < 32 * 1024 * 1024
     assert not ex.gone
     connection.close()
-    ex.wait_gone()  # while the server writes, or while it waits for its turn
+    # While the server writes, or while it waits for its turn.
+    eventually(lambda: ex.gone, "the end of the request upstream")
 
 
 def test_a_client_that_leaves_ends_the_request_upstream(place: Place) -> None:
@@ -698,6 +700,12 @@ def test_a_client_that_leaves_ends_the_request_upstream(place: Place) -> None:
 
 
 # --- Heartbeats and the hold
+
+
+def cpu(pid: int) -> float:
+    """Seconds of CPU that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def test_whoever_reads_text_hears_of_an_upstream_that_sends_none(upstream: Upstream) -> None:
@@ -729,6 +737,19 @@ def test_whoever_reads_text_hears_of_an_upstream_that_sends_none(upstream: Upstr
         body = response.finish()
         assert body.ended == "clean"
         assert error_of(body.data)["status"] == 429
+        # One that comes slowly is waited for, and not in a busy loop.
+        connection = place.post(prompt="Hello")
+        ex = place.next()
+        ex.head(429, "Too Many Requests", llm.JSON)
+        ex.send(b'{"error": ')
+        (worker,) = relay.workers()
+        response, before = connection.read_head(), cpu(worker)
+        for _ in range(5):
+            assert response.read_event() == b": keep-alive\n\n"
+        assert cpu(worker) - before < 0.5  # of a second or more
+        ex.send(b'{"message": "slow"}}')
+        ex.end()
+        assert error_of(response.finish().data)["message"] == "slow"
         # After an id a comment has no blank line (httpx-sse and openai-python dispatch an event at each).
         response = place.get(prompt="Hello")
         ex = place.next()

@@ -248,7 +248,7 @@ def test_errors_in_a_stream_are_known(name: str, data: str, expected: tuple[Any,
     with pytest.raises(errors.UpstreamSaid) as raised:
         Answer().read(Event(name, data))
     message, kind, code, status = expected
-    told = {"message": message, "type": kind or "upstream_error", "code": code or "upstream_error", "request_id": "r"}
+    told = {"message": message, "type": kind or "upstream_error", "code": code or "upstream_refused", "request_id": "r"}
     assert json.loads(raised.value.json("r")) == {"error": told | ({"status": status} if status else {})}
 
 
