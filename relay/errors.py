@@ -46,6 +46,11 @@ class RelayError(Exception):
             headers.append(("x-should-retry", "false"))
         return [*headers, *self.fields]
 
+    def detached(self) -> RelayError:
+        """Itself, to be kept: without the frames that it came through, which would keep whoever keeps it."""
+        self.__traceback__ = self.__context__ = None
+        return self
+
     def json(self, request_id: str) -> str:
         """The body of the error, in the shape that OpenAI's and Anthropic's SDKs read. One line."""
         error = {"message": self.message, "type": self.type, "code": self.code, "request_id": request_id}

@@ -352,7 +352,7 @@ class Stream:
 
     def _fail(self, error: errors.RelayError) -> bytes:
         """Tell the client of a failure: with a status if none was sent, with a frame where one fits, else by a cut."""
-        self.failure = error.with_traceback(None)  # which would tie the stream to itself
+        self.failure = error.detached()
         record = self.record
         begun = record.status != 0
         tracker = self._tracker

@@ -366,7 +366,7 @@ class TextView:
 
     def _failed(self, error: errors.RelayError) -> bytes | None:
         """Have it told, and the head sent if it was not."""
-        self._fault = error.with_traceback(None)  # which would tie the view to itself
+        self._fault = error.detached()
         begun = None
         if self._begun:
             # What the upstream has said to its end is a whole answer; all else is cut off.
