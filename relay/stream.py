@@ -56,7 +56,8 @@ class Stream:
         "__weakref__", "_admission", "_arrived", "_beat_since", "_beating", "_began", "_broken", "_chunked", "_client",
         "_closed", "_deadline", "_excerpt", "_exchange", "_gave", "_held", "_hold_at", "_http10", "_join_next",
         "_lease", "_look_at", "_over", "_pending", "_present", "_quiet_since", "_resumed", "_settings", "_spoken",
-        "_start_response", "_started", "_step", "_task", "_tracker", "_waiter", "_watch", "_writes", "failure", "record",
+        "_start_response", "_started", "_step", "_task", "_tracker", "_waiter", "_watch", "_writes", "failure",
+        "record",
     )  # fmt: skip
 
     def __init__(
