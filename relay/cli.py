@@ -1,4 +1,4 @@
-"""The command `relay`: what an operator asks on the machine that the service runs on.
+"""The command `relay`: what an operator asks on the machine that the service runs on, and what anybody asks a relay.
 
 It reads the settings that the service would read there: the environment, and `.env` in the working directory. It
 starts nothing, and no line that it prints holds a key. Every failure is a sentence and an exit status.
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from relay.chat import chat
 from relay.doctor.command import doctor
 from relay.version import __version__
 
@@ -29,11 +30,12 @@ _ACCEPTED, _REJECTED, _UNREACHABLE, _UNDECIDED = range(4)
 def commands() -> None:
     """Carries an upstream's Server-Sent Events to a client byte for byte, the moment they arrive.
 
-    These commands look at the settings of the service: the environment, and .env in the working directory. The
-    service itself is started with gunicorn: gunicorn -c python:relay.gunicorn_conf
+    `settings` and `check-key` look at the settings of the service: the environment, and .env in the working
+    directory. The service itself is started with gunicorn: gunicorn -c python:relay.gunicorn_conf
     """
 
 
+commands.add_command(chat)
 commands.add_command(doctor)
 
 
