@@ -22,10 +22,11 @@ class TooLarge(ValueError):
 
 
 class Event(NamedTuple):
-    """`name` is its type, `message` if it names none; `data` without the last line end."""
+    """`name` is its type, `message` if it names none; `data` without the last line end; `id` the last that came."""
 
     name: str
     data: str
+    id: str = ""
 
 
 class Parser:
@@ -87,7 +88,7 @@ class Parser:
         if not line:
             # An event without data is none; its name is forgotten all the same.
             if self._data:
-                events.append(Event(self._name or "message", "\n".join(self._data)))
+                events.append(Event(self._name or "message", "\n".join(self._data), self.last_id))
                 self._data = []
             self._name = ""
             self._size = 0

@@ -32,11 +32,11 @@ def by_the_book(body: bytes) -> list[Event]:
     text = body.decode("utf-8", "replace").removeprefix("\ufeff")
     lines = re.split(r"\r\n|\n|\r", text)[:-1]  # what no line end has ended is no line
     found: list[Event] = []
-    data = name = ""
+    data = name = last_id = ""
     for line in lines:
         if line == "":
             if data:
-                found.append(Event(name or "message", data[:-1]))
+                found.append(Event(name or "message", data[:-1], last_id))
             data = name = ""
             continue
         field, _, value = line.partition(":")
@@ -45,6 +45,8 @@ def by_the_book(body: bytes) -> list[Event]:
             data += value + "\n"
         elif field == "event":
             name = value
+        elif field == "id" and "\0" not in value:
+            last_id = value
     return found
 
 
@@ -78,9 +80,14 @@ def by_the_book(body: bytes) -> list[Event]:
             "data: \u2028\u2029\x85\x0b\x1c\n\n".encode(), [("message", "\u2028\u2029\x85\x0b\x1c")], id="no line ends"
         ),
         pytest.param(b"data: \xff\xe2\x82\n\n", [("message", "\ufffd\ufffd")], id="ill UTF-8"),
+        pytest.param(
+            b"id: 1\ndata: a\n\ndata: b\n\nid: 2\n\ndata: c\n\nid\ndata: d\n\n",
+            [("message", "a", "1"), ("message", "b", "1"), ("message", "c", "2"), ("message", "d")],
+            id="the last id stays",
+        ),
     ],
 )
-def test_events_are_what_the_standard_says(body: bytes, expected: list[tuple[str, str]]) -> None:
+def test_events_are_what_the_standard_says(body: bytes, expected: list[tuple[str, ...]]) -> None:
     expected_events = [Event(*each) for each in expected]
     assert by_the_book(body) == expected_events
     assert events_of([body]) == events_of(cases.by_bytes(body)) == expected_events
