@@ -69,7 +69,7 @@ def _upstream() -> Iterator[Upstream]:
 
 
 @pytest.fixture(scope="module")
-def _relay(_upstream: Upstream) -> Iterator[str]:
+def relay_url(_upstream: Upstream) -> Iterator[str]:
     with servers.gunicorn({"RELAY_UPSTREAM_URL": _upstream.base_url}) as relay:
         yield f"http://127.0.0.1:{relay.port}/v1"
 
@@ -87,7 +87,7 @@ def place(request: pytest.FixtureRequest, direct: Place) -> Place:
     """The upstream itself, and a relay in front of it."""
     if request.param == "direct":
         return direct
-    return Place(direct.upstream, request.getfixturevalue("_relay"))
+    return Place(direct.upstream, request.getfixturevalue("relay_url"))
 
 
 def says(*events: bytes, framing: Framing = "chunked") -> Handler:
@@ -734,6 +734,24 @@ def test_an_address_alone_is_asked_for_the_services_own_endpoint() -> None:
             "messages": [*history, {"role": "user", "content": "Well?"}],
             "model": "m",
         }
+
+
+@pytest.mark.parametrize("path", [None, "chat/stream", "stream/aware"])
+def test_the_endpoints_of_a_real_relay(direct: Place, relay_url: str, path: str | None) -> None:
+    """The relay chooses the model, and half an answer is none there either."""
+    origin = relay_url.removesuffix("/v1")
+    direct.upstream.serve(says(*llm.chat_events()), CHAT)
+    assert "".join(stream_chat(origin, "Well?", path=path)) == llm.TEXT
+    history = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Yes?"}]
+    assert "".join(stream_chat(origin, "And?", messages=history, model="m", path=path)) == llm.TEXT
+    first, second = (json.loads(ex.body) for ex in direct.upstream.seen(CHAT))
+    assert first["messages"] == [{"role": "user", "content": "Well?"}]
+    assert first["model"]
+    assert (second["messages"], second["model"]) == ([*history, {"role": "user", "content": "And?"}], "m")
+
+    direct.upstream.serve(cut_after(*HALF), CHAT)
+    got, error = fail(lambda: stream_chat(origin, "Well?", path=path))
+    assert (got, type(error), error.code) == ("".join(llm.WORDS[:2]), ErrorFrame, "upstream_cut")
 
 
 @pytest.mark.parametrize(
