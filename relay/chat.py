@@ -173,5 +173,6 @@ def _stats(stream: Stream[Any], seconds: float) -> str:
 
 
 def _sentence(error: StreamError) -> str:
-    """Its message, and what to look for in the relay's log."""
-    return error.message.rstrip(".") + (f" (request id {error.request_id})." if error.request_id else ".")
+    """Its message as one line, and what to look for in the relay's log."""
+    said = " ".join(error.message.split()).rstrip(".")
+    return _CONTROLS.sub("", said + (f" (request id {error.request_id})." if error.request_id else "."))

@@ -251,10 +251,10 @@ def test_a_stall(upstream: Upstream) -> None:
 
 @pytest.mark.parametrize("code", [401, 429, 500])
 def test_a_refusal(upstream: Upstream, base_url: str, code: int) -> None:
-    upstream.serve(lambda ex: ex.reply(llm.openai_error("not now", "t", "c"), code), CHAT)
+    upstream.serve(lambda ex: ex.reply(llm.openai_error("not\n\x1b]0;\x07now", "t", "c"), code), CHAT)
     status, out, err = chat("--base-url", base_url, "Well?")
     assert (status, out) == (2, "")
-    assert re.fullmatch(rf"127\.0\.0\.1:\d+ answered {code}: not now \(request id \w+\)\.\n", err)
+    assert re.fullmatch(rf"127\.0\.0\.1:\d+ answered {code}: not \]0;now \(request id \w+\)\.\n", err)
 
 
 def test_no_event_stream(upstream: Upstream) -> None:

@@ -21,7 +21,7 @@ import pytest
 from harness import DEADLINE, cases, llm, servers
 from harness.upstream import Upstream, deaf
 from test_floors import OPTIONAL, modules_after
-from test_upstream_connections import Authority
+from test_upstream_connections import Authority, Proxy
 
 from relay.client import (
     Cut,
@@ -647,6 +647,25 @@ def test_tls_with_an_authority_of_ones_own(authority: Authority) -> None:
             assert next(stream) == "one"
             stream.close()
             ex.wait_gone()
+
+
+def test_tls_through_the_environments_proxy(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tunnel, whose proxy sees no key; certificates from the environment as well."""
+    monkeypatch.setattr("relay.client.connection._loopback", lambda url: False)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(authority.certificate))
+    context = authority.issue("proxied", "DNS:localhost")
+    with Upstream(tls=context, host="localhost", base_path="/v1") as upstream, Proxy() as proxy:
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.port}")
+        upstream.serve(says(*llm.chat_events()), CHAT)
+        assert "".join(stream_chat(upstream.base_url, "?", key=KEY)) == llm.TEXT
+        (head,) = proxy.heads
+        assert head.startswith(b"CONNECT localhost:%d " % upstream.port)
+        assert KEY.encode() not in head
+
+        proxy.refuse = b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n"
+        _, error = fail(lambda: stream_chat(upstream.base_url, "?", key=KEY))
+        assert isinstance(error, Unreachable)
+        assert "proxy" in error.message
 
 
 def test_tls_that_nobody_vouches_for_is_refused(authority: Authority) -> None:
