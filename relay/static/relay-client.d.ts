@@ -1,0 +1,135 @@
+/** A message of an event stream. `event` is "message" where the stream names none; `id` is the last that came. */
+export interface Message {
+  event: string;
+  data: string;
+  id: string;
+}
+
+export interface Progress {
+  /** Bytes of body so far, over all connections; so are the others. */
+  bytes: number;
+  /** Messages delivered. */
+  events: number;
+  /** Milliseconds from the call to the first byte of a body, a heartbeat's included; null: none yet. */
+  firstByteMs: number | null;
+  elapsedMs: number;
+  /** The connection, counted from 1. */
+  attempt: number;
+  /** Comment lines. */
+  heartbeats: number;
+}
+
+/** How a stream ended well. */
+export interface End extends Progress {
+  status: number | undefined;
+  /** `X-Request-ID`; across origins only if the server exposes it. */
+  requestId: string | undefined;
+  lastEventId: string;
+  /** All of the text; only with an `onText`. */
+  text?: string;
+}
+
+export interface Callbacks {
+  onMessage?: (message: Message) => void;
+  /** The text in a message (see textOf) if it has any, and all of it so far. */
+  onText?: (text: string, whole: string) => void;
+  onDone?: (end: End) => void;
+  onError?: (error: StreamError) => void;
+  onProgress?: (progress: Progress) => void;
+  /** Before the wait for another attempt. */
+  onReconnect?: (next: { attempt: number; waitMs: number; error: StreamError }) => void;
+}
+
+export interface CommonOptions extends Callbacks {
+  headers?: HeadersInit;
+  credentials?: RequestCredentials;
+  signal?: AbortSignal;
+  /** The data of the message that ends the stream, or a function that knows it. None: the end of the answer is the end. */
+  endMarker?: string | ((message: Message) => boolean);
+  /** 0 for stream(), 5 for ChatStream. */
+  maxReconnectAttempts?: number;
+  /** Milliseconds without a byte (heartbeats are bytes) after which the stream has stalled: 45000; 0: never. */
+  stallTimeout?: number;
+  /** Goes into the query as `ticket`; a function is asked for each connection. */
+  ticket?: string | ((about: { signal: AbortSignal }) => string | Promise<string>);
+  /** false: error frames are messages like others. */
+  errorFrames?: boolean;
+  /** What onText gets; textOf unless you have another. */
+  textOf?: (message: Message) => string;
+  fetch?: typeof globalThis.fetch;
+}
+
+export interface StreamOptions extends CommonOptions {
+  /** With a body the request is a POST. Strings, bytes and forms are sent as they are, anything else as JSON. */
+  body?: unknown;
+}
+
+/** A promise of the end and an async iterator of the messages. */
+export interface EventStream extends Promise<End> {
+  abort(reason?: unknown): void;
+  [Symbol.asyncIterator](): AsyncIterableIterator<Message>;
+}
+
+export function stream(url: string | URL, options?: StreamOptions): EventStream;
+
+/** The codes that are the module's own; error frames and HTTP errors bring others. */
+export type StreamErrorCode =
+  /** No answer came. */
+  | "network"
+  /** The answer broke off, or ended without its end marker. */
+  | "cut"
+  /** Nothing came for `stallTimeout`. */
+  | "stalled"
+  /** The answer is no event stream. */
+  | "not_events"
+  | "aborted"
+  /** `ticket` failed. */
+  | "ticket"
+  /** onMessage, onText, onProgress or onReconnect threw; `cause` is what. */
+  | "callback"
+  /** An error frame or HTTP error without a code of its own: "error", or "http_" and the status. */
+  | "error"
+  | `http_${number}`
+  | (string & {});
+
+export class StreamError extends Error {
+  constructor(
+    message: string,
+    about?: { code?: string; status?: number; requestId?: string; retryAfter?: number; cause?: unknown },
+  );
+  code: StreamErrorCode;
+  /** The HTTP status, if it is that which failed. */
+  status: number | undefined;
+  /** Ask support with it. */
+  requestId: string | undefined;
+  /** `Retry-After`, in seconds. */
+  retryAfter: number | undefined;
+}
+
+export class EventParser {
+  constructor(lastEventId?: string);
+  lastEventId: string;
+  /** Milliseconds. */
+  retry: number | undefined;
+  /** Comment lines so far. */
+  comments: number;
+  push(chunk: Uint8Array | string): Message[];
+}
+
+/** `plain`: the data of a `message` is the text whatever it looks like, as from the relay's /chat/stream. */
+export function textOf(message: Pick<Message, "event" | "data">, options?: { plain?: boolean }): string;
+
+export interface ChatMessage {
+  role: string;
+  content: unknown;
+}
+
+export interface ChatOptions extends CommonOptions {
+  /** "/api/stream-chat" */
+  url?: string | URL;
+}
+
+export class ChatStream {
+  constructor(options?: ChatOptions);
+  stream(prompt: string | ChatMessage[], model?: string | null, options?: CommonOptions): EventStream;
+}
