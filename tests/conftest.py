@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
     from types import FrameType
 
+    from harness.browser import Console
     from harness.servers import Gunicorn, Nginx
+    from playwright.sync_api import Browser, Page
 
 #: Test processes for the whole suite: more than a small machine's cores, for most tests wait.
 PROCESSES = 3
@@ -85,6 +87,35 @@ def hop(request: pytest.FixtureRequest) -> Service:
     name = "service" if request.param == "gunicorn" else "behind_nginx"
     found: Service = request.getfixturevalue(name)
     return found
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Chromium, for one module: while it runs the process has an asyncio loop, which others' asyncio.run would meet."""
+    from harness.browser import chromium
+
+    with chromium() as running:
+        yield running
+
+
+@pytest.fixture
+def _page(browser: Browser) -> Iterator[tuple[Page, Console]]:
+    from harness.browser import new_page
+
+    with new_page(browser) as opened:
+        yield opened
+
+
+@pytest.fixture
+def page(_page: tuple[Page, Console]) -> Page:
+    """A page in a browser context of its own. What it complains of on its console fails the test."""
+    return _page[0]
+
+
+@pytest.fixture
+def console(_page: tuple[Page, Console]) -> Console:
+    """The console of `page`, to say which errors are expected."""
+    return _page[1]
 
 
 @pytest.fixture(autouse=True)
