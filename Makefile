@@ -13,6 +13,7 @@ IN_VENV := $(VENV)/bin/python
 # not work any more (moved, or its Python is gone) is made anew.
 RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
+JS := tests/js/node_modules/.installed
 ifneq ($(shell $(IN_VENV) -c 'print("works")' 2>/dev/null),works)
 .PHONY: $(RUN) $(DEV)
 endif
@@ -40,8 +41,8 @@ up: $(RUN) ## Serve behind the shipped nginx, on 127.0.0.1:8080
 SIDE_BY_SIDE := -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 .PHONY: test
-test: $(DEV) ## Run every test, with real gunicorn, nginx and Redis (ARGS="-k name" for some)
-	@tools/system-packages nginx redis-server openssl curl
+test: $(DEV) $(JS) ## Run every test, with real gunicorn, nginx, Redis and Chromium (ARGS="-k name" for some)
+	@tools/system-packages nginx redis-server openssl curl chromium
 	@tools/system-packages slowhttptest || echo "Without it its tests are skipped."
 	$(IN_VENV) -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
@@ -69,7 +70,7 @@ soak: $(DEV) ## Clients and upstreams that misbehave at random, for a while
 
 .PHONY: clean
 clean: ## Remove .venv, caches and what nginx has written
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) tests/js/node_modules build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 	find nginx/run -mindepth 1 -not -name .gitignore -delete
 
@@ -81,3 +82,10 @@ $(RUN): requirements.txt
 $(DEV): requirements-dev.txt requirements.txt
 	@tools/venv $(VENV) requirements-dev.txt $(PYTHON)
 	@touch $(RUN) $@
+
+# What the tests of the JavaScript client need; nothing that is shipped does.
+$(JS): tests/js/package.json tests/js/package-lock.json
+	@tools/system-packages node npm
+	@echo "Installing tests/js/package-lock.json into tests/js/node_modules ..."
+	@npm ci --prefix tests/js --loglevel=error
+	@touch $@

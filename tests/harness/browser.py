@@ -66,7 +66,7 @@ class Console:
 
 @contextlib.contextmanager
 def new_page(browser: Browser, **options: Any) -> Iterator[tuple[Page, Console]]:
-    """A page in a context of its own (`options` are Playwright's for a context), and its console, checked at the end."""
+    """A page in a context of its own (`options` are Playwright's for one), and its console, checked at the end."""
     context = browser.new_context(**options)
     context.set_default_timeout(20_000)
     console = Console(context)
