@@ -19,6 +19,8 @@
  *   or a POST that was refused (429, 503) or to which no answer came at all. A browser does not say whether a request
  *   without an answer had been sent; leave maxReconnectAttempts at 0 where even that is too much.
  *   `x-should-retry: false` forbids it. The count begins anew after a connection that brought messages for 30 s.
+ * - Chromium's fetch throws away what it has received and the page has not read when the connection breaks: what came
+ *   together with a cut, the relay's error frame included, may be lost with it. It is an error in any case.
  * - Leaving the iterator (break), abort() and options.signal close the connection, and the relay then closes its own.
  * - Messages wait for an iterator as long as it takes; beyond 8 MiB of them the connection is not read, and TCP slows
  *   the sender down. With an onMessage, an iterator gets what comes after it was made, so that nothing piles up.
@@ -57,7 +59,7 @@ export class StreamError extends Error {
 /** Turns bytes into messages by the WHATWG rules, however they are cut. An unfinished last event is not one. */
 export class EventParser {
   #decoder = new TextDecoder(); // drops the BOM at the start; ill bytes become U+FFFD
-  #line = ""; // the unfinished line: joined to, never searched again, so that long lines cost linear time
+  #line = []; // the unfinished line in pieces, which are not searched again: long lines cost linear time
   #afterCR = false;
   #data = "";
   #event = "";
@@ -87,8 +89,11 @@ export class EventParser {
     let cr = text.indexOf("\r", start);
     while (lf >= 0 || cr >= 0) {
       const end = lf < 0 || (cr >= 0 && cr < lf) ? cr : lf;
-      const line = this.#line + text.slice(start, end);
-      this.#line = "";
+      let line = text.slice(start, end);
+      if (this.#line.length > 0) {
+        line = this.#line.join("") + line;
+        this.#line = [];
+      }
       start = end + 1;
       if (end === cr) {
         if (start === lf) start += 1;
@@ -99,7 +104,7 @@ export class EventParser {
       const message = line === "" ? this.#dispatch() : this.#field(line);
       if (message) messages.push(message);
     }
-    this.#line += text.slice(start);
+    if (start < text.length) this.#line.push(text.slice(start));
     return messages;
   }
 
