@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import threading
@@ -181,3 +182,10 @@ def pages(upstream: Upstream, built: Path, env: dict[str, str] | None = None) ->
     settings = {"PYTHONPATH": str(REPO / "tests"), "BUILT": str(built), "RELAY_UPSTREAM_URL": upstream.base_url}
     with servers.gunicorn({**settings, **(env or {})}, "shops.pages:app", ready="/") as server:
         yield server
+
+
+def build(source: Path, to: Path) -> None:
+    """Bundle a module for a page, JSX and CommonJS turned into an ES module; React as in development."""
+    options = ["--bundle", "--format=esm", "--jsx=automatic", '--define:process.env.NODE_ENV="development"']
+    command = [str(installed() / ".bin/esbuild"), str(source), *options, f"--outfile={to}", "--log-level=warning"]
+    subprocess.run(command, check=True, timeout=50, env={**os.environ, "NODE_PATH": str(installed())})
