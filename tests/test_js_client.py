@@ -461,6 +461,27 @@ def test_a_heartbeat_is_a_sign_of_life(shop: Shop) -> None:
     assert job.result() == 7
 
 
+def test_a_page_that_slept_reads_what_has_come_before_it_speaks_of_a_stall(shop: Shop) -> None:
+    path = shop.upstream.by_hand()
+    job = shop.start(
+        """
+        const s = client.stream(url, {stallTimeout: 300});
+        const iterator = s[Symbol.asyncIterator]();
+        await iterator.next();
+        return [(await iterator.next()).value.data, (await s).events];
+        """,
+        path,
+    )
+    ex = shop.upstream.next(path)
+    ex.head(headers=EVENTS)
+    ex.send(b"data: a\n\n")
+    asleep = shop.place.start("const until = Date.now() + 1800; while (Date.now() < until);")
+    ex.send(b"data: b\n\n")
+    ex.end()
+    asleep.result()
+    assert job.result() == ["b", 2]
+
+
 def test_a_stall_before_the_head_is_noticed_too_and_a_post_is_not_repeated(shop: Shop) -> None:
     path = shop.upstream.by_hand()
     job = shop.start("await client.stream(url, {stallTimeout: 200, body: {}, maxReconnectAttempts: 3})", path)
@@ -806,6 +827,36 @@ def test_a_post_to_which_no_answer_came_is_sent_again(in_node: Shop) -> None:
         code = "return (await client.stream(url, {body: {}, maxReconnectAttempts: 1})).attempt"
         assert run(in_node.place, code, url=upstream.base_url + path) == 2
         assert len(upstream.seen(path)) == 2
+
+
+def test_the_count_of_attempts_begins_anew_after_a_long_connection(in_node: Shop) -> None:
+    """The clock that the client looks at runs a thousand times as fast, so that 50 ms are a long time."""
+    path = in_node.upstream.by_hand()
+    job = in_node.start(
+        """
+        const real = performance;
+        const clock = (value) => Object.defineProperty(globalThis, "performance", {value, configurable: true});
+        clock({now: () => real.now() * 1000});
+        const options = {stallTimeout: 0, endMarker: "[DONE]", maxReconnectAttempts: 1};
+        try {
+            return (await client.stream(url, options)).attempt;
+        } finally {
+            clock(real);
+        }
+        """,
+        path,
+    )
+    for _ in range(3):
+        ex = in_node.upstream.next(path)
+        ex.head(headers=EVENTS)
+        ex.send(b"retry: 1\ndata: a\n\n")
+        assert not ex.finished.wait(0.05)  # how long the connection lasts is the point
+        ex.end()
+    ex = in_node.upstream.next(path)
+    ex.head(headers=EVENTS)
+    ex.send(DONE)
+    ex.end()
+    assert job.result() == 4
 
 
 def test_a_ticket_of_the_service_opens_a_stream_and_the_upstream_does_not_see_it(in_node: Shop) -> None:

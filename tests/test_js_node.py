@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,15 @@ def test_the_modules_import_nothing_but_react_and_each_other() -> None:
         assert set(re.findall(exported, (static / name).read_text(), re.MULTILINE)) == set(
             re.findall(exported, types, re.MULTILINE)
         )
+
+
+def test_what_the_tests_install_is_pinned_and_names_no_registry() -> None:
+    wanted = json.loads((JS / "package.json").read_text())["devDependencies"]
+    assert [version for version in wanted.values() if not re.fullmatch(r"\d+\.\d+\.\d+", version)] == []
+    packages = json.loads((JS / "package-lock.json").read_text())["packages"]
+    assert len(packages) > len(wanted)
+    assert [name for name, package in packages.items() if "resolved" in package] == []
+    assert [name for name, package in packages.items() if name and "integrity" not in package] == []
 
 
 # --- openai-node

@@ -23,7 +23,7 @@
  *   together with a cut, the relay's error frame included, may be lost with it. It is an error in any case.
  * - Leaving the iterator (break), abort() and options.signal close the connection, and the relay then closes its own.
  * - Messages wait for an iterator as long as it takes; beyond 8 MiB of them the connection is not read, and TCP slows
- *   the sender down. With an onMessage, an iterator gets what comes after it was made, so that nothing piles up.
+ *   the sender down. With an onMessage or onText, an iterator gets what comes after it was made, so that nothing piles up.
  *
  * Rules: https://html.spec.whatwg.org/multipage/server-sent-events.html
  */
@@ -628,7 +628,7 @@ class EventStream {
   #deliver(message) {
     const { onMessage, onText } = this.#options;
     this.#events += 1;
-    if (this.#iterators > 0 || !onMessage) {
+    if (this.#iterators > 0 || !(onMessage || onText)) {
       this.#queue.push(message);
       this.#queued += message.data.length;
       this.#wake();
