@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 PARTS = ("prompts", "scripts", "page")
 MOUNTED = ("prompts", "scripts")
 
-_SCRIPTS = ("relay-client.js", "relay-client.d.ts", "use-streaming-chat.js")
+_SCRIPTS = ("relay-client.js", "relay-client.d.ts", "use-streaming-chat.js", "use-streaming-chat.d.ts")
 
 
 class Route(NamedTuple):

@@ -375,8 +375,7 @@ def test_what_is_said_not_to_be_there_yet_is_not_there_yet(demo: Gunicorn) -> No
     """Whoever builds it must say so in the README, and here."""
     tool = _script(REPO / "tools/settings-table")
     assert [name for name, note in tool.NOTES.items() if "in effect yet" in note] == []
-    for route in ("/", "/relay-client.js", "/use-streaming-chat.js"):
-        assert request(demo.port, "GET", route).status == 404
+    assert request(demo.port, "GET", "/").status == 404
 
 
 # --- Files, links, commands

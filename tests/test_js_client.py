@@ -659,13 +659,27 @@ def test_a_feed_that_ends_now_and_then_goes_on_if_nothing_is_its_end(shop: Shop)
         """
         const kept = [];
         const options = {endMarker: () => false, maxReconnectAttempts: Infinity};
-        for await (const {data} of client.stream(url, options)) kept.push(data);
+        try {
+            for await (const {data} of client.stream(url, options)) kept.push(data);
+        } catch ({code, status}) { kept.push(code, status); }
         return kept;
         """,
         path,
     )
-    assert kept == ["a", "b"]
+    assert kept == ["a", "b", "cut", 204]
     assert [ex.header("Last-Event-ID") for ex in shop.upstream.seen(path)] == [None, b"1", b"2"]
+
+
+def test_a_204_is_a_good_end_where_nothing_is_missing(shop: Shop) -> None:
+    def no_more(ex: Exchange) -> None:
+        ex.reply(status=204, framing="none")
+
+    path = shop.upstream.serve(no_more)
+    assert shop.run("return (await client.stream(url, {maxReconnectAttempts: 3})).status", path) == 204
+    assert len(shop.upstream.seen(path)) == 1
+    path = shop.upstream.serve(in_turn(answers(b"retry: 1\ndata: a\n\ndata: x", end="abort"), no_more))
+    assert shop.error("await client.stream(url, {maxReconnectAttempts: 3})", path)["status"] == 204
+    assert len(shop.upstream.seen(path)) == 2
 
 
 @pytest.mark.parametrize("first", [b"data: a\n\n", b": beat\n\n", b"d"], ids=["event", "heartbeat", "one-byte"])

@@ -44,7 +44,7 @@ export interface CommonOptions extends Callbacks {
   headers?: HeadersInit;
   credentials?: RequestCredentials;
   signal?: AbortSignal;
-  /** The data of the message that ends the stream, or a function that knows it. None: the end of the answer is the end. */
+  /** The data of the message that ends the stream, or a function that knows it. None: the answer's end is the end. */
   endMarker?: string | ((message: Message) => boolean);
   /** 0 for stream(), 5 for ChatStream. */
   maxReconnectAttempts?: number;

@@ -15,15 +15,17 @@
  *   a feed whose server closes now and then, say `endMarker: () => false` and a maxReconnectAttempts.
  * - A failure is a StreamError: the iterator throws it after the last message, the promise rejects, onError gets it.
  *   Exactly one of onDone and onError is called. If nobody listens at all, it is an unhandled rejection.
- * - It asks again, after a growing random wait, only where that cannot make an answer twice: a GET (with Last-Event-ID),
- *   or a POST that was refused (429, 503) or to which no answer came at all. A browser does not say whether a request
- *   without an answer had been sent; leave maxReconnectAttempts at 0 where even that is too much.
- *   `x-should-retry: false` forbids it. The count begins anew after a connection that brought messages for 30 s.
+ * - It asks again, after a growing random wait, only where that cannot make an answer twice: a GET (with
+ *   Last-Event-ID), or a POST that was refused (429, 503) or to which no answer came at all. A browser does not say
+ *   whether a request without an answer had been sent; leave maxReconnectAttempts at 0 where even that is too much.
+ *   `x-should-retry: false` and a 204 forbid it; a 204 is a good end only where nothing is missing. The count begins
+ *   anew after a connection that brought messages for 30 s.
  * - Chromium's fetch throws away what it has received and the page has not read when the connection breaks: what came
  *   together with a cut, the relay's error frame included, may be lost with it. It is an error in any case.
  * - Leaving the iterator (break), abort() and options.signal close the connection, and the relay then closes its own.
  * - Messages wait for an iterator as long as it takes; beyond 8 MiB of them the connection is not read, and TCP slows
- *   the sender down. With an onMessage or onText, an iterator gets what comes after it was made, so that nothing piles up.
+ *   the sender down. With an onMessage or onText, an iterator gets what comes after it was made, so that nothing
+ *   piles up.
  *
  * Rules: https://html.spec.whatwg.org/multipage/server-sent-events.html
  */
@@ -35,9 +37,10 @@ const LONGEST_WAIT = 30_000; // ms
 const LONGEST_RETRY_AFTER = 120; // s; who is told to come back later than that is not kept waiting unknowingly
 const MOST_WAITING = 8 * 1024 * 1024; // characters that wait for an iterator
 const MOST_ERROR = 64 * 1024; // bytes read of an error's body
-const LINGER = 250; // ms to wait for the end of the body behind the end marker, so that its connection can be used again
+const LINGER = 250; // ms for the end of the body to come behind the end marker, so that its connection is used again
 const LONGEST_TIMER = 2 ** 31 - 1; // ms; setTimeout takes more for 0
 
+const NO_MORE = 204; // EventSource does not come back after it either
 const REFUSED = new Set([429, 503]); // nothing was begun
 const FAILED_FOR_NOW = new Set([429, 502, 503, 504]);
 const CUT_BY_RELAY = new Set(["drained", "idle_timeout", "upstream_cut"]); // codes of its error frames
@@ -140,12 +143,13 @@ function objectIn(text) {
   }
 }
 
+const TEXT_OF_RESPONSES = ["response.output_text.delta", "response.refusal.delta"];
 const OF_AN_API = ["choices", "object", "type", "id", "error", "usage", "candidates", "results", "model"];
 
 /**
  * The text in a message of OpenAI's chat, completions and responses, of Anthropic's messages, or of the relay's own
- * /chat/stream; "" if it has none. Of several choices the first. `plain`: the data of a `message` is text whatever it
- * looks like (/chat/stream, where a piece may be JSON itself).
+ * /chat/stream; "" if it has none. A refusal is text, reasoning is not; of several choices it is the first. `plain`:
+ * the data of a `message` is text whatever it looks like (/chat/stream, where a piece may be JSON itself).
  */
 export function textOf({ event, data }, { plain = false } = {}) {
   if (plain && event === "message") return data;
@@ -154,10 +158,12 @@ export function textOf({ event, data }, { plain = false } = {}) {
   if (event === "batch" || event === "final") return textIn(object.content);
   if (Array.isArray(object.choices)) {
     const choice = object.choices.find((each) => !each?.index);
-    return textIn(choice?.delta?.content ?? choice?.text);
+    return textIn(choice?.delta?.content) || textIn(choice?.delta?.refusal) || textIn(choice?.text);
   }
-  if (object.type === "response.output_text.delta") return textIn(object.delta);
-  if (object.type === "content_block_delta") return object.delta?.type === "text_delta" ? textIn(object.delta.text) : "";
+  if (TEXT_OF_RESPONSES.includes(object.type)) return textIn(object.delta);
+  if (object.type === "content_block_delta") {
+    return object.delta?.type === "text_delta" ? textIn(object.delta.text) : "";
+  }
   if (object.type === "content_block_start") return textIn(object.content_block?.text);
   return event === "message" && !OF_AN_API.some((key) => key in object) ? data : "";
 }
@@ -341,6 +347,7 @@ class EventStream {
   #response = null;
   #requestId;
   #mayRepeat = true; // what the server said
+  #broken = false; // an answer had begun and broke off
 
   #queue = []; // messages that wait for the iterator
   #taken = 0; // of those, how many it has got
@@ -493,9 +500,10 @@ class EventStream {
       try {
         return await this.#connect();
       } catch (failure) {
-        const error = this.#abort.signal.aborted
-          ? new StreamError("The stream was aborted", { code: "aborted", cause: this.#abort.signal.reason, requestId: this.#requestId })
-          : failure;
+        const { aborted, reason: cause } = this.#abort.signal;
+        const about = { code: "aborted", cause, requestId: this.#requestId };
+        const error = aborted ? new StreamError("The stream was aborted", about) : failure;
+        if (this.#response?.ok) this.#broken = true;
         if (this.#events > events && now() - began > LONGEST_WAIT) failures = 0;
         failures += 1;
         if (failures > this.#options.maxReconnectAttempts || !this.#repeatable(error)) throw error;
@@ -508,7 +516,7 @@ class EventStream {
 
   /** Whether asking again cannot make an answer twice, and may help. */
   #repeatable(error) {
-    if (!this.#mayRepeat || error.retryAfter > LONGEST_RETRY_AFTER) return false;
+    if (!this.#mayRepeat || error.status === NO_MORE || error.retryAfter > LONGEST_RETRY_AFTER) return false;
     if (error.code === "ticket" || error.code === "network") return true;
     if (this.#init.method !== "GET") return !this.#response?.ok && REFUSED.has(error.status);
     if (error.code === "cut" || error.code === "stalled") return true;
@@ -555,8 +563,11 @@ class EventStream {
       this.#mayRepeat = response.headers.get("x-should-retry") !== "false";
       this.#requestId = response.headers.get("X-Request-ID") ?? undefined;
       if (!response.ok) throw await httpError(response, this.#requestId);
-      // "No more of this": EventSource does not come back either.
-      if (response.status === 204 && (this.#init.method === "GET" || this.#options.endMarker === undefined)) return;
+      if (response.status === NO_MORE) {
+        if (this.#options.endMarker === undefined && !this.#broken) return;
+        const about = { code: "cut", status: NO_MORE, requestId: this.#requestId };
+        throw new StreamError("The server has no more (204), and what came was not all", about);
+      }
       if (!isEventStream(response)) {
         const type = contentType(response) || "of no type";
         const about = { code: "not_events", status: response.status, requestId: this.#requestId };
@@ -569,8 +580,8 @@ class EventStream {
       if (cause instanceof StreamError) throw cause;
       const about = { cause, requestId: this.#requestId };
       if (stalled) throw new StreamError(`Nothing came for ${stallTimeout / 1000} s`, { ...about, code: "stalled" });
-      if (this.#response === null) throw new StreamError("No answer: the connection failed", { ...about, code: "network" });
-      throw new StreamError("The stream was cut off", { ...about, code: "cut" });
+      if (this.#response !== null) throw new StreamError("The stream was cut off", { ...about, code: "cut" });
+      throw new StreamError("No answer: the connection failed", { ...about, code: "network" });
     } finally {
       watch.stop();
       if (!lingers) {

@@ -1,19 +1,20 @@
 /*
- * A chat for React 18 and newer: useStreamingChat(options). An ES module that imports "react" by that name (a bundler or
- * an import map finds it) and relay-client.js beside it. It renders nothing.
+ * A chat for React 18 and newer: useStreamingChat(options). An ES module that imports "react" by that name (a bundler
+ * or an import map finds it) and relay-client.js beside it. It renders nothing.
  *
  *   const { messages, isStreaming, error, sendMessage, stop, clearMessages } = useStreamingChat({ model: "gpt-4.1" });
  *
  * What it holds to:
- * - `messages` are {id, role, content, status?}. An answer's status is "streaming", then none when it is whole, "stopped"
- *   when it was stopped, "failed" when it broke off: what has come stays to be seen, and is not to be shown as whole.
- * - sendMessage() sends the conversation with each prompt. Turns that failed, or were stopped before a word came, are left
- *   out with their prompt: roles alternate, and a prompt that the model refuses is not sent again and again. What was
- *   stopped later is sent as far as it came.
- * - A message sent while an answer streams stops that answer first. So does clearMessages(), and so does unmounting, after
- *   which nothing is sent.
+ * - `messages` are {id, role, content, status?}. An answer's status is "streaming", then none when it is whole,
+ *   "stopped" when it was stopped, "failed" when it broke off: what has come stays to be seen, and is not whole.
+ * - sendMessage() sends the conversation with each prompt. Turns that failed, or were stopped before a word came, are
+ *   left out with their prompt: roles alternate, and a prompt that the model refuses is not sent again and again. What
+ *   was stopped later is sent as far as it came.
+ * - A message sent while an answer streams stops that answer first. So does clearMessages(), and so does unmounting,
+ *   after which nothing is sent.
  * - Text that arrives in a burst renders once a frame; the end renders at once, with the last of it.
- * - sendMessage() never rejects: it promises whether the answer is whole, and `error` says why it is not.
+ * - sendMessage() never rejects (but for a prompt that is no string): it promises whether the answer is whole, and
+ *   `error` says why it is not.
  *
  * Each component has its own conversation, kept outside of React's state (useSyncExternalStore), so that no render can
  * lose a change. Under StrictMode effects run twice: the first clean-up finds nothing to stop.

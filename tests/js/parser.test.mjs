@@ -137,6 +137,8 @@ test("textOf finds the text of every shape, and nothing else", () => {
     [json({ choices: [{ delta: { content: [{ type: "thinking", thinking: [] }, { type: "text", text: "a" }] } }] }), "a"],
     [json({ choices: [{ index: 0, delta: { content: null, reasoning: "r" } }] }), ""],
     [json({ choices: [], usage: {} }), ""],
+    [json({ choices: [{ index: 0, delta: { content: null, refusal: "no" } }] }), "no"],
+    [json({ type: "response.refusal.delta", delta: "no" }, "response.refusal.delta"), "no"],
     [json({ choices: [null] }), ""],
     [json({ object: "text_completion", choices: [{ index: 0, text: "a" }] }), "a"],
     [json({ type: "response.output_text.delta", delta: "a" }, "response.output_text.delta"), "a"],
