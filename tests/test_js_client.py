@@ -751,6 +751,16 @@ def test_a_server_that_is_not_there_is_asked_again_and_then_is_a_network_error(s
     assert waits[1] <= 2000
 
 
+def test_an_option_that_is_undefined_or_null_is_not_given(shop: Shop) -> None:
+    path = shop.upstream.serve(answers(b"data: a\n\n"))
+    options = "{endMarker: undefined, maxReconnectAttempts: undefined, signal: null, ticket: null, body: {}}"
+    assert shop.code(f'await new client.ChatStream({{url}}).stream("Hi", null, {options})', path) == "cut"
+    assert shop.run(f"return (await client.stream(url, {options})).events", path) == 1
+    refusing = shop.upstream.serve(lambda ex: ex.reply(b"{}", 503, headers=JSON))
+    assert shop.error(f"await client.stream(url, {options})", refusing)["status"] == 503
+    assert len(shop.upstream.seen(refusing)) == 1
+
+
 def test_a_wait_ends_with_an_abort(shop: Shop) -> None:
     refused = [*JSON, ("Retry-After", "60")]
     path = shop.upstream.serve(lambda ex: ex.reply(b"{}", 503, headers=refused))

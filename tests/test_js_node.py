@@ -8,7 +8,7 @@ import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from harness import REPO, llm
+from harness import REPO, eventually, llm
 from harness.js import JS, Node, Thrown, installed, node, program, run
 
 if TYPE_CHECKING:
@@ -143,6 +143,26 @@ def test_openai_node_raises_a_cut_in_an_event(in_node: Node, service: Service) -
     said, seen = openai_node(in_node, service, handler)
     assert said[1:] == ["TypeError", None, "terminated"]
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("marker", ['endMarker: "[DONE]"', ""], ids=["marker", "end"])
+def test_an_answer_that_was_read_to_its_end_counts_as_done(in_node: Node, service: Service, marker: str) -> None:
+    """Not as `client_gone`: behind its end marker the client waits for the end of the body."""
+
+    def handler(ex: Exchange) -> None:
+        ex.head(headers=llm.EVENTS)
+        ex.send(b"data: a\n\ndata: [DONE]\n\n")
+        ex.end()
+
+    url = f"{service.relay.base_url}{service.mount}{service.upstream.serve(handler)}"
+    request_id = run(in_node, f"return (await client.stream(url, {{body: {{}}, {marker}}})).requestId", url=url)
+
+    def reasons() -> list[str]:
+        lines = (json.loads(line) for line in service.relay.log().splitlines() if request_id in line)
+        return [line["reason"] for line in lines if "reason" in line]
+
+    eventually(lambda: bool(reasons()), "the log line")
+    assert reasons() == ["done"]
 
 
 def test_a_script_that_throws_is_told_apart(in_node: Node) -> None:

@@ -310,6 +310,11 @@ function requestInit({ body, headers, credentials }) {
   return init;
 }
 
+/** Options without those that are undefined or null, which are as good as not given. */
+function said(options) {
+  return Object.fromEntries(Object.entries(options).filter(([, value]) => value !== undefined && value !== null));
+}
+
 function withTicket(url, ticket) {
   const [address] = url.split("#");
   return `${address}${address.includes("?") ? "&" : "?"}ticket=${encodeURIComponent(ticket)}`;
@@ -330,6 +335,8 @@ function report(callback, value) {
 export function stream(url, options = {}) {
   return new EventStream(url, options);
 }
+
+const DEFAULTS = { stallTimeout: STALL, maxReconnectAttempts: 0, errorFrames: true, textOf };
 
 class EventStream {
   #url;
@@ -361,9 +368,9 @@ class EventStream {
   #resolve;
   #reject;
 
-  constructor(url, options) {
+  constructor(url, given) {
+    const options = (this.#options = { ...DEFAULTS, ...said(given) });
     this.#url = String(url);
-    this.#options = { stallTimeout: STALL, maxReconnectAttempts: 0, errorFrames: true, textOf, ...options };
     this.#init = requestInit(options);
     // Says now, and where it was asked for, what fetch would say as if the network had failed.
     if (!options.fetch) new Request(this.#url, this.#init);
@@ -658,15 +665,17 @@ export class ChatStream {
   #url;
   #options;
 
-  constructor({ url = "/api/stream-chat", endMarker = "[DONE]", maxReconnectAttempts = 5, ...options } = {}) {
+  constructor(options = {}) {
+    const chat = { url: "/api/stream-chat", endMarker: "[DONE]", maxReconnectAttempts: 5 };
+    const { url, ...rest } = { ...chat, ...said(options) };
     this.#url = url;
-    this.#options = { ...options, endMarker, maxReconnectAttempts };
+    this.#options = rest;
   }
 
   /** `prompt`: a text, or the messages of a conversation (`[{role, content}, …]`). Gives what stream() gives. */
   stream(prompt, model, options = {}) {
     const body = Array.isArray(prompt) ? { messages: prompt } : { prompt };
     if (model) body.model = model;
-    return stream(this.#url, { ...this.#options, ...options, body });
+    return stream(this.#url, { ...this.#options, ...said(options), body });
   }
 }
