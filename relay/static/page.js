@@ -184,6 +184,7 @@ view?.addEventListener("resize", () => {
   if (view.scale === 1) document.documentElement.style.setProperty("--height", `${view.height}px`);
 });
 
+$("no-script").remove();
 watchHealth($("health"), $("health-text"));
 showCurl();
 send.disabled = false;
