@@ -37,7 +37,7 @@ class Relay:
     stream that has ended, for billing and audit; outside of any context of Flask's, and it must not block. What a
     `before_request` or `request_headers` leaves in `flask.g.relay_tenant` is the record's `tenant`. `parts`: what it
     serves below `{prefix}/_relay/` beside its health: `"prompts"` (the prompt endpoints), `"scripts"` (the JavaScript
-    client), `"page"` (a page to try it on); `()` is none of them.
+    client), `"page"` (a page to try it on, which needs and so brings the others); `()` is none of them.
 
     Raises ValueError for an unknown part, and SettingsError from `init_app` (and from the constructor, given an app)
     if a setting is wrong.
@@ -130,7 +130,10 @@ def _blueprint(name: str, parts: Collection[str]) -> Blueprint:
         # Flask wants each method named; a rule without any takes all, and the view refuses those it does not relay.
         prefix, endpoint = (setup.url_prefix or "").rstrip("/"), f"{name}.relay"
         setup.app.view_functions[endpoint] = relay
-        for rule, defaults in ((f"{prefix}/", {"rest": ""}), (f"{prefix}/<relay_rest:rest>", None)):
+        rules = [(f"{prefix}/", {"rest": ""}), (f"{prefix}/<relay_rest:rest>", None)]
+        if not prefix and setup.app.extensions["relay"][name].service:
+            del rules[0]  # of two rules for one path the first given wins, and the service's own / is its page
+        for rule, defaults in rules:
             setup.app.url_map.add(
                 setup.app.url_rule_class(
                     rule, endpoint=endpoint, defaults=defaults, strict_slashes=False, merge_slashes=False

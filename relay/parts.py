@@ -18,6 +18,16 @@ PARTS = ("prompts", "scripts", "page")
 MOUNTED = ("prompts", "scripts")
 
 _SCRIPTS = ("relay-client.js", "relay-client.d.ts", "use-streaming-chat.js", "use-streaming-chat.d.ts")
+_OF_THE_PAGE = (
+    "page.css",
+    "page.js",
+    "page-answer.js",
+    "page-gaps.js",
+    "page-health.js",
+    "page-log.js",
+    "page-measure.js",
+    "favicon.svg",
+)
 
 
 class Route(NamedTuple):
@@ -32,13 +42,13 @@ class Route(NamedTuple):
 
 
 def check(names: Collection[str]) -> frozenset[str]:
-    """Names of parts, known ones. Raises ValueError for another."""
+    """Names of parts, known ones; the page brings the others, of which it is made. Raises ValueError for another."""
     if isinstance(names, str):
         raise ValueError(f"parts must be a collection of names, such as ({names!r},)")  # noqa: TRY004
     unknown = sorted(set(names) - set(PARTS))
     if unknown:
         raise ValueError(f"there are no parts called {', '.join(unknown)}; known are {', '.join(PARTS)}")
-    return frozenset(names)
+    return frozenset(PARTS if "page" in names else names)
 
 
 def routes(names: Collection[str]) -> Iterator[Route]:
@@ -49,8 +59,8 @@ def routes(names: Collection[str]) -> Iterator[Route]:
         yield Route("stream/aware", prompts.stream_aware)
         yield Route("stream/heartbeat", prompts.stream_heartbeat)
     if "scripts" in names:
-        yield from (Route(name, files.StaticFile(files.FOLDER / name)) for name in _there(_SCRIPTS))
+        yield from (Route(name, files.StaticFile(files.FOLDER / name)) for name in _SCRIPTS)
+    if "page" in names:
+        yield Route("", files.StaticFile(files.FOLDER / "page.html", files.OF_A_PAGE))
+        yield from (Route(name, files.StaticFile(files.FOLDER / name)) for name in _OF_THE_PAGE)
 
-
-def _there(names: Collection[str]) -> Iterator[str]:
-    return (name for name in names if (files.FOLDER / name).is_file())

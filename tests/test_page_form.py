@@ -28,8 +28,8 @@ _TOO_SMALL = """() => [...document.querySelectorAll("button, summary, input, tex
     .filter((each) => each.checkVisibility())
     .map((each) => [each.id || each.textContent, each.getBoundingClientRect()])
     .filter(([, box]) => box.height < 44 || box.width < 44).map(([name]) => name)"""
-_FOCUSED = """() => { const at = document.activeElement;
-    return [at === document.body ? "" : at.id || at.textContent.trim(), getComputedStyle(at).outlineStyle !== "none"]; }"""
+_FOCUSED = """() => { const at = document.activeElement, seen = getComputedStyle(at).outlineStyle !== "none";
+    return [at === document.body ? "" : at.id || at.textContent.trim(), seen]; }"""
 _LIVE = """() => [...document.querySelectorAll("[aria-live], [role=status], [role=log], [role=alert]")]
     .map((each) => [each.id, each.getAttribute("aria-live") ?? "polite"])"""
 LONG = ["A line of words that is longer than a small screen is wide. ", "averylongwordwithoutanyend" * 8, "\nmore" * 30]
@@ -285,7 +285,7 @@ def test_clearing_stops_what_still_comes(browser: Browser, upstream: Upstream, u
 
 @pytest.mark.parametrize("how", ["off", "not-loaded"])
 def test_without_its_script_a_sentence_says_so(browser: Browser, url: str, how: str) -> None:
-    with new_page(browser, java_script_enabled=how != "off") as (page, console):
+    with new_page(browser, java_script_enabled=how != "off", reduced_motion="reduce") as (page, console):
         console.expect("ERR_FAILED")
         page.route("**/relay-client.js", lambda route: route.abort())
         page.goto(url)

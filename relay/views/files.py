@@ -19,7 +19,30 @@ _TYPES = {
     ".ts": "text/plain; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".html": "text/html; charset=utf-8",
+    ".svg": "image/svg+xml",
 }
+
+_POLICY = {
+    "default-src": "'none'",
+    "script-src": "'self'",
+    "style-src": "'self'",
+    "connect-src": "'self'",
+    "img-src": "'self'",
+    "base-uri": "'none'",
+    "form-action": "'none'",
+    "frame-ancestors": "'none'",
+    # No text may become markup or script, not even by a mistake in the page's own code (W3C Trusted Types).
+    "require-trusted-types-for": "'script'",
+    "trusted-types": "'none'",
+}
+#: On a page of the relay's: it asks its own origin only, runs nothing but its files, and stands in nobody's frame.
+OF_A_PAGE = (
+    ("Content-Security-Policy", "; ".join(f"{name} {value}" for name, value in _POLICY.items())),
+    ("Referrer-Policy", "no-referrer"),
+    ("Cross-Origin-Opener-Policy", "same-origin"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+    ("Permissions-Policy", "camera=(), geolocation=(), microphone=(), payment=(), usb=()"),
+)
 
 
 class StaticFile:
