@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from harness import REPO, llm, servers
+from harness import llm, servers
 from harness.browser import new_page
+from harness.js import installed
 from harness.trying import CHAT, Trying, piece, says
 from harness.upstream import Upstream
 from playwright.sync_api import expect
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 DESKTOP = {"viewport": {"width": 1280, "height": 800}}
 PHONE = {"viewport": {"width": 320, "height": 568}, "is_mobile": True, "has_touch": True, "device_scale_factor": 2}
-AXE = REPO / "tests" / "js" / "node_modules" / "axe-core" / "axe.min.js"
 _TOO_WIDE = """() => [document.documentElement, ...document.querySelectorAll("body, body *:not(.unseen)")]
     .filter((each) => each.clientWidth > 0 && each.scrollWidth > each.clientWidth + 1
         && each.tagName !== "INPUT" && getComputedStyle(each).display !== "inline")
@@ -119,7 +119,7 @@ def test_axe_finds_nothing(
         console.expect("status of 401")
         trying = Trying(page, url)
         state(trying, upstream)
-        page.evaluate(AXE.read_text())
+        page.evaluate((installed() / "axe-core" / "axe.min.js").read_text())
         for prepare in (lambda _: None, everything_open):
             prepare(trying)
             found = page.evaluate("() => axe.run()")
