@@ -114,17 +114,17 @@ def _blueprint(name: str, parts: Collection[str]) -> Blueprint:
     blueprint = Blueprint(name, __name__)
     for rule, view in (("health", state.health), ("health/live", state.live), ("health/ready", state.ready)):
         endpoint = rule.replace("/", "_")
-        blueprint.add_url_rule(f"/_relay/{rule}", endpoint, _at(name, view), methods=["GET"])
-    blueprint.add_url_rule("/_relay/ticks", "ticks", _at(name, relayed.ticks_request), methods=["GET"])
+        blueprint.add_url_rule(f"/_relay/{rule}", endpoint, _at(name, endpoint, view), methods=["GET"])
+    blueprint.add_url_rule("/_relay/ticks", "ticks", _at(name, "ticks", relayed.ticks_request), methods=["GET"])
     for route in routes(parts):
         blueprint.add_url_rule(
             f"/_relay/{route.path}",
             route.endpoint,
-            _at(name, route.view),
+            _at(name, route.endpoint, route.view),
             methods=METHODS,
             provide_automatic_options=False,
         )
-    relay = _at(name, relayed.relay_request)
+    relay = _at(name, "relay", relayed.relay_request)
 
     def everything_below(setup: BlueprintSetupState) -> None:
         # Flask wants each method named; a rule without any takes all, and the view refuses those it does not relay.
@@ -145,12 +145,12 @@ def _blueprint(name: str, parts: Collection[str]) -> Blueprint:
     return blueprint
 
 
-def _at(name: str, view: Callable[..., Any]) -> Callable[..., Any]:
+def _at(name: str, endpoint: str, view: Callable[..., Any]) -> Callable[..., Any]:
     """A view that is called with its relay's mount in the app that serves the request."""
 
     def bound(**arguments: Any) -> Any:
         return view(current_app.extensions["relay"][name], **arguments)
 
     # Extensions tell views apart by this name: what is said of one must not hold for all of them.
-    bound.__name__ = bound.__qualname__ = f"{name}_{view.__name__}"
+    bound.__name__ = bound.__qualname__ = f"{name}_{endpoint}"
     return bound

@@ -63,4 +63,3 @@ def routes(names: Collection[str]) -> Iterator[Route]:
     if "page" in names:
         yield Route("", files.StaticFile(files.FOLDER / "page.html", files.OF_A_PAGE))
         yield from (Route(name, files.StaticFile(files.FOLDER / name)) for name in _OF_THE_PAGE)
-

@@ -32,6 +32,8 @@ monotonic = time.monotonic
 _NEVER = float("inf")
 #: A write that has lasted so many seconds waits for the client.
 _PAUSED = 0.1
+#: Seconds from the last bytes to a cut. Browsers throw away what a page has not read yet when a connection breaks.
+_TO_READ = 0.25
 
 
 class ClientGone(Exception):
@@ -375,7 +377,11 @@ class Stream:
         raise StopIteration
 
     def cut(self) -> NoReturn:
-        """End the connection so that nobody takes the body for whole."""
+        """End the connection so that nobody takes the body for whole, once there was time to read what came of it."""
+        give_up = monotonic() + _TO_READ
+        while monotonic() < give_up:
+            if self._waiter.wait(give_up) is GONE:
+                break
         if self._http10 and self._client is not None:
             # Only a reset tells an HTTP/1.0 client. It overtakes what is still on its way, so wait for that.
             give_up = monotonic() + 2.0
