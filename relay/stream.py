@@ -439,6 +439,7 @@ class Stream:
                 raise errors.StreamCut
         self._gave = monotonic()
         self._quiet_since += self._gave - began
+        self._deadline = min(self._deadline, drain.at)  # the drain's word may have come meanwhile, and is spent
 
     def finish(self, error: errors.RelayError | None = None) -> None:
         """End it here: the rest is of no use, because of this error or because there is enough."""
