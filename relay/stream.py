@@ -259,7 +259,8 @@ class Stream:
             return b""
         if not data:
             return b""
-        self._join_next()
+        if not self._held:
+            self._join_next()
         return self._observe(data)
 
     def _raise_pending(self) -> NoReturn:

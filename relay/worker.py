@@ -201,7 +201,7 @@ class _Client(gevent.socket.socket):  # type: ignore[misc]
     def join_next(self) -> None:
         """Let the next `sendall` wait for the one after it, which comes at once: one packet, and one wake-up of the
         client, for a head and the first event, or for the last event and the end."""
-        _held[self] = None
+        _held.setdefault(self, None)
 
     def sendall(self, data: bytes, flags: int = 0) -> None:
         if self in _held:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 PROCESSES = 3
 #: The files that take longest, which begin first so that no process is left alone with one at the end.
 LONGEST = """
-    drain stream_machine sdks shipped_config doctor life health_http redis bench soak fuzz life_nginx deploy
+    drain stream_machine js_cases js_client page sdks shipped_config doctor life health_http redis bench soak fuzz
+    life_nginx deploy
     upstream_connections rates docs keys bytes demo
 """.split()
 

@@ -192,7 +192,8 @@ def files(place: Place, stream_id: str) -> list[Path]:
     """Where the servers under test keep their notes."""
     found = [path for root in ("/dev/shm", "/tmp") for path in Path(root).glob(f"relay-run-*/{stream_id}")]
     for root in Path("/tmp").glob("pytest-of-*"):
-        found += root.glob(f"*/shop*/flask-sse-relay-*/{stream_id}")
+        for process in ("*", "*/popen-*"):  # with several test processes each has a folder of its own
+            found += root.glob(f"{process}/shop*/flask-sse-relay-*/{stream_id}")
     return [path for path in found if not any(parent.is_symlink() for parent in path.parents)]
 
 

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -925,6 +926,7 @@ def test_scripts_are_served_from_memory(tmp_path: Path, monkeypatch: pytest.Monk
     from relay import Relay
     from relay.views import files
 
+    shutil.copytree(files.FOLDER, tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(files, "FOLDER", tmp_path)
     (tmp_path / "relay-client.js").write_text("export {};\n")
     app = Flask("shop")

@@ -20,8 +20,8 @@
  *   whether a request without an answer had been sent; leave maxReconnectAttempts at 0 where even that is too much.
  *   `x-should-retry: false` and a 204 forbid it; a 204 is a good end only where nothing is missing. The count begins
  *   anew after a connection that brought messages for 30 s.
- * - Chromium's fetch throws away what it has received and the page has not read when the connection breaks: what came
- *   together with a cut, the relay's error frame included, may be lost with it. It is an error in any case.
+ * - Chromium's fetch throws away what it has received and the page has not read when the connection breaks. The relay
+ *   waits a quarter of a second before it cuts; a page that is busy for longer may miss its error frame: a "cut" then.
  * - Leaving the iterator (break), abort() and options.signal close the connection, and the relay then closes its own.
  * - Messages wait for an iterator as long as it takes; beyond 8 MiB of them the connection is not read, and TCP slows
  *   the sender down. With an onMessage or onText, an iterator gets what comes after it was made, so that nothing
