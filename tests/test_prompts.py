@@ -19,6 +19,8 @@ from harness import cases, eventually, llm, own_cases, servers
 from harness.client import Connection, request
 from harness.upstream import PeerGone, Upstream
 
+from relay.prompts import Pace, Prompt
+
 from relay.eventsource import Parser
 
 if TYPE_CHECKING:
@@ -211,7 +213,7 @@ BAD: list[Any] = [
             b'{"prompt": "x", "%s": %s}' % (name.encode(), value), f"{name} must be", id=f"{name} {value.decode()}"
         )
         for name in ("batch_ms", "batch_size", "max_events_per_second")
-        for value in (b"-1", b"0", b"true", b'"5"', b"1e9", b"NaN", b"Infinity", b"[]", b"1" + b"0" * 400)
+        for value in (b"-1", b"false", b"true", b'"5"', b"1e9", b"NaN", b"Infinity", b"[]", b"1" + b"0" * 400)
     ),
     pytest.param(b'{"prompt": "x", "batch_ms": 1.5}', "batch_ms must be a whole number from 1 to 60000", id="half"),
 ]
@@ -239,7 +241,7 @@ def test_bad_input_gets_a_sentence_that_names_what_is_wrong(service: Place, body
         *(
             (f"prompt=x&{name}={value}", f"{name} must be")
             for name in ("batch_ms", "batch_size", "max_events_per_second")
-            for value in ("-1", "0", "nan", "inf", "1e3", "x", "0x10", "999999999", "1" * 50)
+            for value in ("-1", "-0", "nan", "inf", "1e3", "x", "0x10", "999999999", "1" * 50)
         ),
     ],
 )
@@ -247,6 +249,12 @@ def test_bad_queries_get_one_too(service: Place, query: str, message: str) -> No
     response = request(service.port, "GET", f"/chat/stream?{query}", {"Accept": "text/event-stream"})
     assert response.status == 400
     assert message in json.loads(response.finish().data)["error"]["message"]
+
+
+def test_a_pace_of_0_is_none() -> None:
+    off = {"prompt": "x", "batch_ms": 0, "batch_size": 0, "max_events_per_second": 0.0}
+    assert Prompt.of_body(json.dumps(off).encode(), {}, "m").pace == Pace()
+    assert Prompt.of_query({name: str(value) for name, value in off.items()}, "m").pace == Pace()
 
 
 @pytest.mark.parametrize("path", ["/api/stream-chat", "/chat/stream", "/stream/aware", "/stream/heartbeat"])
