@@ -19,9 +19,8 @@ from harness import cases, eventually, llm, own_cases, servers
 from harness.client import Connection, request
 from harness.upstream import PeerGone, Upstream
 
-from relay.prompts import Pace, Prompt
-
 from relay.eventsource import Parser
+from relay.prompts import Pace, Prompt
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
