@@ -11,6 +11,8 @@ from gevent import monkey
 
 monkey.patch_all()
 
+import contextlib  # noqa: E402
+import fcntl  # noqa: E402
 import math  # noqa: E402
 import os  # noqa: E402
 import resource  # noqa: E402
@@ -31,6 +33,7 @@ _FILES = 65_536
 
 _running: dict[str, Any] = {}
 _folders: list[str] = []  # that go when the service ends
+_LOCK = "alive"  # the file in each that is locked until then
 #: The environment and its settings as they last were without a fault, and whether a reload has found one since.
 _as_given: dict[str, Any] = {}
 
@@ -157,13 +160,42 @@ def _start(server: Any) -> None:
     # Workers count into files that whoever is asked for the metrics adds up. Each start begins with an empty folder:
     # files of an earlier one would be added too.
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="relay-metrics-", dir=_memory_folder())
-        _folders.append(os.environ["PROMETHEUS_MULTIPROC_DIR"])
-    # Where workers leave word for each other: that a client has reported in, and what each has open. mkdtemp makes it
-    # for this user alone.
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = _own_folder("relay-metrics-")
+    # Where workers leave word for each other: that a client has reported in, and what each has open.
     if presence.FOLDER not in os.environ:
-        os.environ[presence.FOLDER] = tempfile.mkdtemp(prefix="relay-run-", dir=_memory_folder())
-        _folders.append(os.environ[presence.FOLDER])
+        os.environ[presence.FOLDER] = _own_folder("relay-run-")
+
+
+def _own_folder(prefix: str) -> str:
+    """A new folder for this user alone, which goes when the service ends; or, if it is killed, when one starts again.
+
+    A lock tells the living from the dead, in other containers that share the memory too; the kernel gives it up with
+    the last process that has it.
+    """
+    parent = Path(_memory_folder() or tempfile.gettempdir())
+    for left in parent.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):
+            if left.lstat().st_uid == os.geteuid() and not _alive(left):
+                shutil.rmtree(left)
+    folder = tempfile.mkdtemp(prefix=prefix, dir=parent)
+    _folders.append(folder)
+    # Locked before it has its name, so that nobody finds it unlocked. It stays open, in the workers too.
+    unnamed = Path(folder, f".{_LOCK}")
+    fcntl.flock(os.open(unnamed, os.O_WRONLY | os.O_CREAT, 0o600), fcntl.LOCK_EX)
+    unnamed.rename(Path(folder, _LOCK))
+    return folder
+
+
+def _alive(folder: Path) -> bool:
+    """Whether a service still has this folder. Raises OSError if it has no lock, or not yet."""
+    descriptor = os.open(folder / _LOCK, os.O_WRONLY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _tell_what_is_counted_apart(server: Any) -> None:

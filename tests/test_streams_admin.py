@@ -145,5 +145,22 @@ def test_the_shared_folder_is_this_users_alone_and_goes_with_the_service(upstrea
         assert not folder.exists()
 
 
+def test_folders_of_a_service_that_was_killed_go_when_another_starts(upstream: Upstream) -> None:
+    """And those of a living one stay."""
+    settings = {"RELAY_UPSTREAM_URL": upstream.base_url}
+    with servers.gunicorn(settings) as living, servers.gunicorn(settings) as killed:
+        folders = {
+            server: [path.parent for path in _folders() if path.name == f"streams-{server.workers()[0]}.sock"]
+            for server in (living, killed)
+        }
+        (worker,) = killed.workers()
+        killed.stop(signal.SIGKILL)
+        eventually(lambda: not Path(f"/proc/{worker}").exists(), "the end of its worker")
+        assert folders[killed][0].exists()
+        with servers.gunicorn(settings):
+            assert not folders[killed][0].exists()
+            assert folders[living][0].exists()
+
+
 def _folders() -> list[Path]:
     return [path for root in ("/dev/shm", "/tmp") for path in Path(root).glob("relay-run-*/streams-*.sock")]
