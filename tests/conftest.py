@@ -24,12 +24,11 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 #: Test processes for the whole suite: more than a small machine's cores, for most tests wait.
-PROCESSES = 3
+PROCESSES = 4
 #: The files that take longest, which begin first so that no process is left alone with one at the end.
 LONGEST = """
-    drain stream_machine js_cases js_client page sdks shipped_config doctor life health_http redis bench soak fuzz
-    life_nginx deploy
-    upstream_connections rates docs keys bytes demo
+    sdks failures property prompts bytes drain stream_machine js_client page js_cases aware doctor life redis page_form
+    chat_command life_nginx upstream_connections health_http docs deploy js_readme fuzz slowhttptest bench
 """.split()
 
 WATCHDOG = 60  # seconds for one test with its fixtures
@@ -134,7 +133,7 @@ def _nothing_failed_unseen() -> Iterator[None]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """What `-n auto` is. For some tests, named by -k, -m or a path, collecting them all three times takes longer."""
+    """What `-n auto` is. For some tests, named by -k, -m or a path, collecting them all in each takes longer."""
     some = config.option.keyword or config.option.markexpr or config.args_source is config.ArgsSource.ARGS
     return 0 if some else PROCESSES
 

@@ -207,9 +207,8 @@ def test_options_that_are_no_preflight_go_upstream(place: Place) -> None:
         assert response.finish().data == b"options"
 
 
+@pytest.mark.parametrize("place", ["gevent", "gthread"], indirect=True)
 def test_the_shops_own_routes_keep_its_own_rules(place: Place) -> None:
-    if not place.endpoints:
-        pytest.skip("the service has no shop")
     response = request(place.port, "GET", "/own", {"Origin": "https://partner.example"})
     assert allowed(response) == [b"https://partner.example"]
     assert response.all("Access-Control-Expose-Headers") == []

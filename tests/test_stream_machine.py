@@ -521,7 +521,7 @@ def _check_cause(life: Life, scenario: Scenario) -> None:
         "connect_timeout": False,  # it always accepts
         "first_byte_timeout": record.first_byte is None and (plan.late is None or longest > FIRST_BYTE * 0.9),
         "idle_timeout": longest > IDLE * 0.9,
-        "write_timeout": plan.reads != "at once",
+        "write_timeout": plan.reads != "at once" or plan.leaves is not None,  # nor does one read that has left
         "drained": scenario.drain is not None,
         "full": not record.admitted and not life.exchanges and len(scenario.plans) > SLOTS,
     }
