@@ -1,9 +1,8 @@
 """The upstream of one relay: its address, its keys, and one long-lived set of connections to it.
 
-The only file that imports requests. Its adapter and urllib3 beneath it keep the connections: pool, reuse, TLS,
-proxies, their errors. The request's bytes are written here and the answer's read in relay.exchange, through the
-methods that urllib3's connection classes have for it, because the usual readers hold bytes back (`iter_content`,
-`iter_lines`), cannot go on after a timeout (`read1`), re-encode the request target and take 103 for the answer.
+The only file of the service that imports requests. Its adapter and urllib3 beneath it keep the connections: pool,
+reuse, TLS, proxies, their errors. What a request is, is decided here; relay.connections writes it and relay.exchange
+reads the answer.
 """
 
 from __future__ import annotations
@@ -19,12 +18,11 @@ import certifi
 import requests
 import urllib3
 from requests.adapters import HTTPAdapter
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 from urllib3.util import Timeout
 from urllib3.util.wait import wait_for_read
 
-from relay import errors, names
+from relay import errors
+from relay.connections import HTTPPool, HTTPSPool
 from relay.exchange import READ_SIZE, Aborted, Exchange
 from relay.headers import CREDENTIALS, check_field
 from relay.paths import join
@@ -212,11 +210,11 @@ class _Adapter(HTTPAdapter):
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, ssl_context=self._context, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
+        self.poolmanager.pool_classes_by_scheme = {"http": HTTPPool, "https": HTTPSPool}
 
     def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
         manager = super().proxy_manager_for(proxy, ssl_context=self._context, **kwargs)
-        manager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
+        manager.pool_classes_by_scheme = {"http": HTTPPool, "https": HTTPSPool}
         return manager
 
     def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
@@ -239,112 +237,10 @@ class _Adapter(HTTPAdapter):
 
 def _tls_context(ca: str | None) -> ssl.SSLContext:
     context = urllib3.util.ssl_.create_urllib3_context()
+    # Some builds of Python set it (Debian 12's does): a connection that breaks off would seem to have ended.
+    context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
     context.load_verify_locations(ca or certifi.where())
     return context
-
-
-class _Mixin:
-    """A urllib3 connection that writes an exchange's request as it stands and leaves the answer to it."""
-
-    sock: Any
-    timeout: Any
-    port: int
-    _dns_host: str
-
-    def connect(self) -> None:
-        super().connect()  # type: ignore[misc]
-        if isinstance(self.sock, ssl.SSLSocket):
-            # An end without TLS's goodbye is a cut (RFC 9112 section 9.8), which Python would take for an end.
-            self.sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]
-
-    def close(self) -> None:
-        super().close()  # type: ignore[misc]
-
-    def _new_conn(self) -> socket.socket:
-        """As urllib3's, with names from relay.names."""
-        try:
-            addresses = names.resolve(self._dns_host.strip("[]"), self.port)
-        except socket.gaierror as error:
-            raise NameResolutionError(self._dns_host, cast("Any", self), error) from error
-        failure: Exception = OSError("the host has no address")
-        for family, kind, protocol, _, address in addresses:
-            sock = socket.socket(family, kind, protocol)
-            try:
-                sock.settimeout(self.timeout)
-                sock.connect(address)
-                # Requests are written whole, so waiting for more to send would only delay them.
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            except OSError as error:
-                sock.close()
-                failure = error
-            except BaseException:
-                sock.close()
-                raise
-            else:
-                return sock
-        names.forget(self._dns_host.strip("[]"), self.port)
-        if isinstance(failure, TimeoutError):
-            raise ConnectTimeoutError(self, "no connection in time") from failure
-        raise NewConnectionError(cast("Any", self), "no connection") from failure
-
-    def request(self, method: str, url: str, body: Any = None, headers: Any = None, **_: Any) -> None:
-        if self.sock is None:
-            self.connect()
-        wire = body.sending(self)
-        self.sock.settimeout(self.timeout)
-        self.sock.sendall(wire)
-
-    def getresponse(self) -> urllib3.HTTPResponse:
-        """Only the handle that gives the connection back to its pool; the exchange reads the answer."""
-        return urllib3.HTTPResponse(preload_content=False, decode_content=False)
-
-    @property
-    def is_connected(self) -> bool:
-        """Whether an idle connection may be used again: nothing may have arrived on it, an end least of all."""
-        if self.sock is None:
-            return False
-        try:
-            self.sock.settimeout(0)
-            self.sock.recv(1)
-        except (BlockingIOError, ssl.SSLWantReadError):
-            return True
-        except OSError:
-            pass
-        return False
-
-
-class _HTTPConnection(_Mixin, HTTPConnection):  # type: ignore[misc]
-    pass
-
-
-class _HTTPSConnection(_Mixin, HTTPSConnection):  # type: ignore[misc]
-    pass
-
-
-class _PoolMixin:
-    """A urllib3 pool whose idle connections can be had without asking for a request."""
-
-    _get_conn: Callable[[], Any]
-    _put_conn: Callable[[Any], None]
-
-    def take_idle(self) -> Any:
-        """A connection that stands idle, and on which nothing has arrived; None: there is none."""
-        connection = self._get_conn()
-        if connection.sock is not None:
-            return connection
-        self._put_conn(connection)
-        return None
-
-    def give_back(self, connection: Any) -> None:
-        self._put_conn(connection)
-
-
-class _HTTPPool(_PoolMixin, urllib3.HTTPConnectionPool):  # type: ignore[misc]
-    ConnectionCls = _HTTPConnection
-
-
-class _HTTPSPool(_PoolMixin, urllib3.HTTPSConnectionPool):  # type: ignore[misc]
-    ConnectionCls = _HTTPSConnection
 
 
 def _translate(error: BaseException, *, connected: bool) -> errors.RelayError:

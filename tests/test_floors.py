@@ -19,6 +19,7 @@ FLOORS = {
     1: ["settings", "waiting", "limits", "environment", "cpus", "metrics", "names", "drain", "keys", "presence"],
     2: [
         "upstream",
+        "connections",
         "exchange",
         "stream",
         "incoming",
@@ -47,6 +48,7 @@ LATE = {
 HTTP_LIBRARIES = {"requests", "urllib3"}
 ONLY_HERE = {
     "relay.upstream": "the one way out of the service",
+    "relay.connections": "what it goes over; urllib3 alone",
     "relay.client.connection": "the other end, where the environment's proxies and certificates count",
 }
 PURE = [
