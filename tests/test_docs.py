@@ -238,8 +238,7 @@ def test_the_curl_example_streams(demo: Gunicorn) -> None:
 
 
 def test_the_examples_of_the_prompt_endpoints_stream(demo: Gunicorn) -> None:
-    if shutil.which("curl") is None:
-        pytest.skip("curl is not installed")
+    assert shutil.which("curl"), "this test needs curl (apt-get install curl): it is not installed"
     example = block("curl -N", "/stream/aware").replace("\\\n", " ")
     for line, marks in zip(
         [line for line in example.splitlines() if line],

@@ -12,7 +12,6 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pytest
 from harness import REPO, eventually, llm, servers
 from harness.client import request
 from harness.upstream import Upstream
@@ -70,8 +69,8 @@ def browser(url: str, profile: Path) -> Iterator[None]:
         process.wait(10)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 def test_an_event_source_shows_the_text_and_never_asks_twice(tmp_path: Path) -> None:
+    assert CHROMIUM, "this test needs Chromium (apt-get install chromium): it is not installed"
     readme = (REPO / "README.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"^```js\n(const source = new EventSource.*?)^```$", readme, re.MULTILINE | re.DOTALL)
     assert '"/chat/stream?prompt="' in example

@@ -156,7 +156,6 @@ def test_folders_of_a_service_that_was_killed_go_when_another_starts(upstream: U
         (worker,) = killed.workers()
         killed.stop(signal.SIGKILL)
         eventually(lambda: not Path(f"/proc/{worker}").exists(), "the end of its worker")
-        assert folders[killed][0].exists()
         with servers.gunicorn(settings):
             assert not folders[killed][0].exists()
             assert folders[living][0].exists()
