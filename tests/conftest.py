@@ -118,6 +118,14 @@ def console(_page: tuple[Page, Console]) -> Console:
     return _page[1]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _paths_are_a_files_own() -> Iterator[None]:
+    """What a file has the session's upstream answer on a path of the API's meets no request of the next file's."""
+    yield
+    for upstream in _upstreams:
+        upstream.forget_named()
+
+
 @pytest.fixture(autouse=True)
 def _nothing_failed_unseen() -> Iterator[None]:
     """No handler of the session's upstream failed, and nothing running logged a traceback."""

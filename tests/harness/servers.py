@@ -47,10 +47,18 @@ class StartFailed(AssertionError):
         self.returncode = returncode
 
 
+_found: set[int] = set()
+
+
 def free_port() -> int:
-    """A port that nobody listens on now. Another may take it first: callers retry."""
+    """A port that nobody listens on now, and that was not given before. Another may take it first: callers retry."""
     for _ in range(200):
         port = random.choice(_PORTS)
+        if port in _found:
+            continue
+        _found.add(port)
+        if len(_found) > len(_PORTS) // 2:
+            _found.clear()
         with socket.socket() as sock, contextlib.suppress(OSError):
             sock.bind(("127.0.0.1", port))
             return port

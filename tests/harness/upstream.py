@@ -272,6 +272,7 @@ class Upstream:
         self._sndbuf = sndbuf
         self._patience = patience  # seconds that a write may stand still
         self._routes: dict[str, Handler] = {}
+        self._named: set[str] = set()  # of its paths, those that a test has named
         self._numbers = itertools.count(1)
         self._seen: dict[str, list[Exchange]] = {}
         self._taken: dict[str, int] = {}
@@ -336,6 +337,8 @@ class Upstream:
         """
         if path is None:
             path = f"/scripted/{next(self._numbers)}"
+        else:
+            self._named.add(path)
         with self._changed:
             self._routes[self.base_path + path] = handler
         return path
@@ -350,6 +353,11 @@ class Upstream:
             self._routes.pop(self.base_path + path, None)
             self._seen.pop(self.base_path + path, None)
             self._taken.pop(path, None)
+
+    def forget_named(self) -> None:
+        """Drop every path that somebody has named, such as the API's own."""
+        while self._named:
+            self.forget(self._named.pop())
 
     # Looking
 
