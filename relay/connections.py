@@ -35,9 +35,6 @@ class _Mixin:
             # An end without TLS's goodbye is a cut (RFC 9112 section 9.8), which Python would take for an end.
             self.sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]
 
-    def close(self) -> None:
-        super().close()  # type: ignore[misc]
-
     def _new_conn(self) -> socket.socket:
         """As urllib3's, with names from relay.names."""
         try:

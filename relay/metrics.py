@@ -75,16 +75,7 @@ class Metrics:
         self._limits_errors = counter(
             "relay_limits_errors", "Requests and streams that passed uncounted: RELAY_LIMITS_URL did not answer."
         )
-        self._children: dict[str, dict[str, Any]] = {}
         self._labelled: dict[tuple[Any, ...], Any] = {}
-
-    def of(self, mount: str) -> dict[str, Any]:
-        """The metrics of one mount that every stream touches; looked up once."""
-        children = self._children.get(mount)
-        if children is None:
-            names = ("_open", "_first_byte", "_seconds", "_gap", "_bytes", "_heartbeats")
-            children = self._children[mount] = {name: getattr(self, name).labels(mount) for name in names}
-        return children
 
     def _child(self, metric: Any, *labels: str | int) -> Any:
         """A metric with these labels; looked up once, since `labels` takes locks and checks."""
@@ -96,34 +87,33 @@ class Metrics:
 
     def opened(self, mount: str) -> None:
         if self._on:
-            self.of(mount)["_open"].inc()
+            self._child(self._open, mount).inc()
 
     def ended(self, record: Record) -> None:
         """A stream that `opened` was called for has ended."""
         if not self._on:
             return
         mount = record.mount
-        children = self.of(mount)
-        children["_open"].dec()
+        self._child(self._open, mount).dec()
         self._child(self._requests, mount, record.status).inc()
         self._child(self._ended, mount, record.reason).inc()
-        children["_seconds"].observe(record.seconds)
+        self._child(self._seconds, mount).observe(record.seconds)
         if record.first_byte is not None:
-            children["_first_byte"].observe(record.first_byte)
-            children["_gap"].observe(record.longest_gap)
+            self._child(self._first_byte, mount).observe(record.first_byte)
+            self._child(self._gap, mount).observe(record.longest_gap)
         if record.bytes:
-            children["_bytes"].inc(record.bytes)
+            self._child(self._bytes, mount).inc(record.bytes)
         if record.heartbeats:
-            children["_heartbeats"].inc(record.heartbeats)
+            self._child(self._heartbeats, mount).inc(record.heartbeats)
         if record.usage is not None:
             for kind, tokens in (("input", record.usage.input_tokens), ("output", record.usage.output_tokens)):
                 if tokens:
-                    self._tokens.labels(mount, kind).inc(tokens)
+                    self._child(self._tokens, mount, kind).inc(tokens)
 
     def refused(self, reason: str) -> None:
         """The relay answered a request itself, with the error of this code."""
         if self._on:
-            self._refused.labels(reason).inc()
+            self._child(self._refused, reason).inc()
 
     def limits_failed(self) -> None:
         """Something passed uncounted, because whoever counts did not answer."""
