@@ -60,6 +60,8 @@ PURE = [
     "relay.eventsource",
     "relay.answer",
     "relay.prompts",
+    "relay.textview.events",
+    "relay.textview.head",
 ]
 IMPURE = {
     "flask",
