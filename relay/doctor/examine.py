@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from relay.doctor import probe
-from relay.doctor.findings import Observations, Refusal
+from relay.doctor.observations import Observations, Refusal
 from relay.doctor.probe import Answer, Target, Unreachable
 from relay.doctor.timeline import Timeline, read
 

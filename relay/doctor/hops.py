@@ -117,6 +117,12 @@ def signs(headers: Headers) -> list[str]:
     ]
 
 
+def given_away(headers: Headers) -> str:
+    """The same in brackets, for the end of a clause; empty if there are none."""
+    found = signs(headers)
+    return f" (its headers: {', '.join(found)})" if found else ""
+
+
 def of_a_cache(headers: Headers) -> list[str]:
     """The headers by which a cache says that it had the answer already."""
     found = []
