@@ -379,7 +379,8 @@ class Stream:
 
     def cut(self) -> NoReturn:
         """End the connection so that nobody takes the body for whole, once there was time to read what came of it."""
-        give_up = monotonic() + _TO_READ
+        self._resumed = monotonic()  # nothing is being written that could be stuck
+        give_up = self._resumed + _TO_READ
         while monotonic() < give_up:
             if self._waiter.wait(give_up) is GONE:
                 break

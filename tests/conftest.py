@@ -180,6 +180,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", f"watchdog(seconds): another limit than {WATCHDOG} s")
     # Before the capture of the first test: where a stuck session can still say why.
     config.stash[_STDERR] = os.dup(2)
+    # Ignored when the run is in the background, and then by the programs under test as well.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

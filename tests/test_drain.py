@@ -606,6 +606,26 @@ def test_a_drain_of_no_time_ends_streams_at_once() -> None:
         assert rig.relay.wait(15) == 0
 
 
+def test_an_http_1_0_client_that_reads_its_end_late_sees_the_cut_too() -> None:
+    """A second after the drain's end the worker breaks off writes that are stuck. A stream that has been written, and
+    whose client has a while to read it before the reset, is none."""
+    body = b"data: " + b"x" * 40_000
+    with relay(drain="0", heartbeat="0", hold="0") as rig:
+        path = rig.upstream.by_hand()
+        with Connection(rig.port, rcvbuf=4096) as connection:
+            connection.send("GET", f"/v1{path}", [("X-Request-ID", "late")], version="HTTP/1.0")
+            ex = rig.upstream.next(path)
+            ex.head(headers=EVENTS)
+            ex.send(body)
+            eventually(lambda: [each["bytes"] for each in rig.streams()] == [len(body)], "all of it written")
+            rig.relay.send_signal(signal.SIGTERM)
+            assert rig.ended("late")["reason"] == "drained"
+            time.sleep(1.3)  # whatever was read before would have got there without a test
+            assert connection.read_head().finish().ended == "cut"
+        gone(ex)
+        assert rig.relay.wait(15) == 0
+
+
 @pytest.fixture(scope="module")
 def ended_by_signal() -> dict[tuple[signal.Signals, bool], Future[None]]:
     return side_by_side(_end_by_signal, itertools.product((signal.SIGINT, signal.SIGQUIT), (False, True)))

@@ -59,6 +59,11 @@ class Rig:
         text = request(self.relay.admin_port, "GET", "/metrics").finish().data.decode()
         return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name))
 
+    def streams(self) -> list[dict[str, object]]:
+        """What the admin address lists as open."""
+        listed: list[dict[str, object]] = json.loads(request(self.relay.admin_port, "GET", "/streams").finish().data)
+        return listed
+
     def no_stream_open(self) -> None:
         eventually(lambda: self.metric("relay_open_streams") == 0, "all streams closed")
 
