@@ -829,6 +829,15 @@ def test_a_chat_without_its_end_marker_is_a_cut(shop: Shop) -> None:
     assert len(shop.upstream.seen(path)) == 1
 
 
+def test_a_chat_with_anthropics_api_is_whole_at_message_stop_and_a_cut_without_it(shop: Shop) -> None:
+    text = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "Every byte."}}
+    begun = b"event: content_block_delta\ndata: " + json.dumps(text).encode() + b"\n\n"
+    stopped = b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
+    code = 'return (await new client.ChatStream({url}).stream("Hi", null, {onText() {}})).text'
+    assert shop.run(code, shop.upstream.serve(answers(begun, stopped))) == "Every byte."
+    assert shop.code(code, shop.upstream.serve(answers(begun))) == "cut"
+
+
 def test_a_chat_is_tried_six_times(shop: Shop) -> None:
     refused = [*JSON, ("Retry-After", "0")]
     path = shop.upstream.serve(lambda ex: ex.reply(b"{}", 503, headers=refused))

@@ -44,7 +44,10 @@ export interface CommonOptions extends Callbacks {
   headers?: HeadersInit;
   credentials?: RequestCredentials;
   signal?: AbortSignal;
-  /** The data of the message that ends the stream, or a function that knows it. None: the answer's end is the end. */
+  /**
+   * The data of the message that ends the stream, or a function that knows it. None: the answer's end is the end. For
+   * ChatStream `[DONE]` or Anthropic's `message_stop`, if none is named.
+   */
   endMarker?: string | ((message: Message) => boolean);
   /** 0 for stream(), 5 for ChatStream. */
   maxReconnectAttempts?: number;

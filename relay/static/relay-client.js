@@ -660,13 +660,16 @@ class EventStream {
   }
 }
 
+/** The end of a whole answer of /api/stream-chat, which is the upstream's own: OpenAI's, or Anthropic's. */
+const endsChat = ({ event, data }) => data === "[DONE]" || event === "message_stop";
+
 /** Chats with the relay's POST /api/stream-chat, which builds the chat request. Options as for stream(), and `url`. */
 export class ChatStream {
   #url;
   #options;
 
   constructor(options = {}) {
-    const chat = { url: "/api/stream-chat", endMarker: "[DONE]", maxReconnectAttempts: 5 };
+    const chat = { url: "/api/stream-chat", endMarker: endsChat, maxReconnectAttempts: 5 };
     const { url, ...rest } = { ...chat, ...said(options) };
     this.#url = url;
     this.#options = rest;
