@@ -573,6 +573,21 @@ def test_a_callback_that_throws_ends_the_stream_and_is_not_taken_for_the_network
     assert len(shop.upstream.seen(path)) == 1
 
 
+@pytest.mark.parametrize("option", ["endMarker", "textOf"])
+def test_so_does_a_function_of_ones_own_that_reads_messages(shop: Shop, option: str) -> None:
+    """An endMarker that is no good at `[DONE]` is not a broken connection, and nothing is asked again for it."""
+    path = shop.upstream.serve(answers(b"data: {}\n\n", DONE))
+    error = shop.run(
+        f"""
+        const options = {{{option}: ({{data}}) => JSON.parse(data).text ?? "", onText() {{}}, maxReconnectAttempts: 3}};
+        return await client.stream(url, options).catch(({{code, cause}}) => [code, cause.name]);
+        """,
+        path,
+    )
+    assert error == ["callback", "SyntaxError"]
+    assert len(shop.upstream.seen(path)) == 1
+
+
 # --- Failures that nobody listens to
 
 

@@ -88,7 +88,7 @@ export type StreamErrorCode =
   | "aborted"
   /** `ticket` failed. */
   | "ticket"
-  /** onMessage, onText, onProgress or onReconnect threw; `cause` is what. */
+  /** onMessage, onText, onProgress, onReconnect, or an endMarker or textOf of yours threw; `cause` is what. */
   | "callback"
   /** An error frame or HTTP error without a code of its own: "error", or "http_" and the status. */
   | "error"

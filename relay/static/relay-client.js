@@ -491,9 +491,10 @@ class EventStream {
     };
   }
 
+  /** Calls an option that is a function: what it throws is its own fault, and not the network's. */
   #call(name, ...values) {
     try {
-      this.#options[name]?.(...values);
+      return this.#options[name]?.(...values);
     } catch (cause) {
       throw new StreamError(`${name} threw: ${cause}`, { code: "callback", cause });
     }
@@ -610,7 +611,8 @@ class EventStream {
   /** Deliver what comes. True: the end marker came and the body may go on. */
   async #read(reader, watch) {
     const { endMarker, errorFrames } = this.#options;
-    const isEnd = typeof endMarker === "function" ? endMarker : (message) => message.data === endMarker;
+    const named = typeof endMarker !== "function";
+    const isEnd = (message) => (named ? message.data === endMarker : this.#call("endMarker", message));
     const { retry, lastEventId, comments } = this.#parser;
     this.#comments += comments;
     this.#parser = new EventParser(lastEventId);
@@ -653,7 +655,7 @@ class EventStream {
     }
     this.#call("onMessage", message);
     if (!onText) return;
-    const text = this.#options.textOf(message);
+    const text = this.#call("textOf", message);
     if (text === "") return;
     this.#text += text;
     this.#call("onText", text, this.#text);
