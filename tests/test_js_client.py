@@ -354,6 +354,12 @@ def test_a_stream_that_breaks_off_is_a_cut_marker_or_not(shop: Shop, piece: byte
         pytest.param(b'data: {"choices":[],"error":{"message":"M","code":502}}', "502", "M", id="openrouter"),
         pytest.param(b'event: error\ndata: {"type":"error","code":"C","message":"M"}', "C", "M", id="responses"),
         pytest.param(b'data: {"error":"M"}', "error", "M", id="a-text"),
+        pytest.param(
+            b'event: response.failed\ndata: {"type":"response.failed","response":{"error":{"code":"C","message":"M"}}}',
+            "C",
+            "M",
+            id="responses-failed",
+        ),
         pytest.param(b"event: error\ndata: M", "error", "M", id="no-json"),
         pytest.param(b"event: error\ndata:", "error", "The stream reports an error", id="nothing"),
     ],

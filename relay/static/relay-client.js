@@ -175,10 +175,10 @@ function textIn(content) {
   return content.map((part) => (part?.type === "text" && typeof part.text === "string" ? part.text : "")).join("");
 }
 
-/** What an error's JSON says: `{"error": {…}}`, `{"error": "…"}`, or the error itself. */
+/** What an error's JSON says: `{"error": {…}}`, `{"error": "…"}`, `{"response": {"error": {…}}}`, or the error itself. */
 function toldBy(text) {
   const object = objectIn(text);
-  const error = object?.error ?? object ?? {};
+  const error = object?.error ?? object?.response?.error ?? object ?? {};
   if (typeof error === "string") return { message: error };
   const string = (value) => (value === undefined || value === null || value === "" ? undefined : String(value));
   return {
@@ -188,9 +188,9 @@ function toldBy(text) {
   };
 }
 
-/** The error that a message is: `event: error`, or OpenAI's unnamed `data: {"error": …}`. */
+/** The error that a message is: `event: error`, OpenAI's unnamed `data: {"error": …}`, or its `response.failed`. */
 function errorFrame({ event, data }, requestId) {
-  if (event !== "error") {
+  if (event !== "error" && event !== "response.failed") {
     if (event !== "message" || !data.includes('"error"') || !objectIn(data)?.error) return null;
   }
   const told = toldBy(data);
