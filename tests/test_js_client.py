@@ -791,6 +791,20 @@ def test_a_wait_ends_with_an_abort(shop: Shop) -> None:
     assert len(shop.upstream.seen(path)) == 1
 
 
+def test_after_an_abort_no_ticket_is_asked_for(shop: Shop) -> None:
+    path = shop.upstream.serve(lambda ex: ex.reply(b"{}", 503, headers=JSON))
+    code, asked = shop.run(
+        """
+        let asked = 0;
+        const ticket = () => `t${asked += 1}`;
+        const s = client.stream(url, {ticket, maxReconnectAttempts: 5, onReconnect: () => setTimeout(() => s.abort())});
+        return [await s.catch(({code}) => code), asked];
+        """,
+        path,
+    )
+    assert (code, asked) == ("aborted", 1)
+
+
 def test_a_ticket_is_added_to_the_query_and_asked_for_again_each_time(shop: Shop) -> None:
     path = shop.upstream.serve(in_turn(answers(b"retry: 1\ndata: a\n\ndata: x", end="abort"), answers(DONE)))
     shop.run(

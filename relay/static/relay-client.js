@@ -557,6 +557,7 @@ class EventStream {
       connection.abort();
     });
     try {
+      connection.signal.throwIfAborted(); // while it waited for this attempt
       let url = this.#url;
       if (ticket !== undefined) url = withTicket(url, await this.#ticket(ticket, connection.signal));
       connection.signal.throwIfAborted();
