@@ -212,8 +212,13 @@ def test_credentials_and_the_signal_are_fetchs(shop: Shop) -> None:
 
 @pytest.mark.parametrize(
     ("url", "options"),
-    [("http://[", "{}"), ("/x", "{headers: {'b ad': '1'}}"), ("/x", "{body: 1n}")],
-    ids=["url", "header", "body"],
+    [
+        ("http://[", "{}"),
+        ("/x", "{headers: {'b ad': '1'}}"),
+        ("/x", "{body: 1n}"),
+        ("http://127.0.0.1/", "{body: new Blob(['x']).stream()}"),
+    ],
+    ids=["url", "header", "body", "read-once-body"],
 )
 def test_what_cannot_be_sent_is_said_at_once(shop: Shop, url: str, options: str) -> None:
     said = shop.run(f"try {{ client.stream({url!r}, {options}) }} catch (error) {{ return error.name }}")

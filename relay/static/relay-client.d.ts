@@ -63,7 +63,10 @@ export interface CommonOptions extends Callbacks {
 }
 
 export interface StreamOptions extends CommonOptions {
-  /** With a body the request is a POST. Strings, bytes and forms are sent as they are, anything else as JSON. */
+  /**
+   * With a body the request is a POST. Strings, bytes and forms are sent as they are (a string as text/plain, if
+   * `headers` say nothing else), a ReadableStream is refused, anything else goes as JSON.
+   */
   body?: unknown;
 }
 

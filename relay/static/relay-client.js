@@ -301,6 +301,7 @@ function requestInit({ body, headers, credentials }) {
   if (!init.headers.has("Accept")) init.headers.set("Accept", "text/event-stream");
   if (credentials !== undefined) init.credentials = credentials;
   if (body === undefined || body === null) return init;
+  if (body instanceof ReadableStream) throw new TypeError("A ReadableStream cannot be sent: read it, and send that");
   init.method = "POST";
   init.body = body;
   if (typeof body === "string" || ArrayBuffer.isView(body)) return init;
