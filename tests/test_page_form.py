@@ -32,6 +32,14 @@ _FOCUSED = """() => { const at = document.activeElement, seen = getComputedStyle
     return [at === document.body ? "" : at.id || at.textContent.trim(), seen]; }"""
 _LIVE = """() => [...document.querySelectorAll("[aria-live], [role=status], [role=log], [role=alert]")]
     .map((each) => [each.id, each.getAttribute("aria-live") ?? "polite"])"""
+_SHIFTS = """window.shifted = 0; new PerformanceObserver((list) => {
+    for (const each of list.getEntries()) window.shifted += each.value;
+}).observe({type: "layout-shift", buffered: true});"""
+_LAST_LINE = """(text) => { const lines = [...text.querySelectorAll("*")].pop(), range = document.createRange();
+    const node = lines.firstChild, at = node.data.lastIndexOf("E");
+    const left = (from, to) => { range.setStart(node, from); range.setEnd(node, to);
+        return range.getBoundingClientRect().left - text.getBoundingClientRect().left; };
+    return [left(at, at + 1), left(node.length - 1, node.length)]; }"""
 LONG = ["A line of words that is longer than a small screen is wide. ", "averylongwordwithoutanyend" * 8, "\nmore" * 30]
 
 
@@ -158,6 +166,37 @@ def test_on_a_phone_the_prompt_is_in_view_even_with_a_keyboard(browser: Browser,
         trying["prompt"].tap()
         expect(trying["prompt"]).to_be_in_viewport(ratio=1)
         expect(trying["send"]).to_be_in_viewport(ratio=1)
+
+
+@pytest.mark.parametrize("motion", ["no-preference", "reduce"])
+@pytest.mark.parametrize("options", [pytest.param(DESKTOP, id="desktop"), pytest.param(PHONE, id="phone")])
+def test_nothing_jumps_when_it_loads_or_an_answer_comes(
+    browser: Browser, upstream: Upstream, url: str, options: dict[str, Any], motion: Any
+) -> None:
+    """By the browser's own count of what has moved, of which 0.1 is good; and the prompt stays where it is."""
+    top = "() => document.getElementById('prompt').getBoundingClientRect().top"
+    with new_page(browser, reduced_motion=motion, **options) as (page, _):
+        page.add_init_script(_SHIFTS)
+        trying = Trying(page, url)
+        empty(trying, upstream)
+        before = page.evaluate(top)
+        trying.ask("Hello?")
+        says(upstream.next(CHAT), ["One ", "two."])
+        trying.ends("complete")
+        expect(trying["status"]).to_contain_text("Answer complete")
+        assert page.evaluate(top) == before
+        assert page.evaluate("() => window.shifted") < 0.1
+
+
+def test_each_line_has_the_direction_of_its_own_words(browser: Browser, upstream: Upstream, url: str) -> None:
+    with new_page(browser) as (page, _):
+        trying = Trying(page, url)
+        trying.ask("שלום?")
+        says(upstream.next(CHAT), ["שלום! זוהי שורה.\n", "English."])
+        trying.ends("complete")
+        first, last = trying.answer.locator(".text").evaluate(_LAST_LINE)
+        assert first < 20, "it begins at the left"
+        assert last > first, "its full stop is behind it"
 
 
 def test_everything_can_be_done_with_the_keyboard(browser: Browser, upstream: Upstream, url: str) -> None:
@@ -290,4 +329,6 @@ def test_without_its_script_a_sentence_says_so(browser: Browser, url: str, how: 
         page.route("**/relay-client.js", lambda route: route.abort())
         page.goto(url)
         expect(page.get_by_text("This page needs JavaScript")).to_be_visible()
+        page.get_by_text("With curl", exact=True).click()
+        expect(page.locator("#curl")).to_be_visible()
         expect(page.locator("#send")).to_be_disabled()

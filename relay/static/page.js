@@ -172,7 +172,8 @@ clear.addEventListener("click", () => {
 
 $("copy-curl").addEventListener("click", (event) => copy($("curl").textContent, event.currentTarget));
 
-// Where there is room the measurements are open from the start; where there is not they wait to be asked for.
+// Where there is room the measurements are open from the start; where there is not they wait to be asked for (and are
+// not there to be closed, which would move all else).
 const room = matchMedia("(min-width: 56rem)");
 const unfold = () => ["numbers", "elsewhere"].forEach((id) => ($(id).open = room.matches));
 room.addEventListener("change", unfold);
