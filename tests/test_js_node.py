@@ -13,9 +13,12 @@ from harness.js import JS, Node, Thrown, installed, node, program, run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from conftest import Service
     from harness.upstream import Exchange
+
+STATIC = REPO / "relay/static"
 
 
 def test_the_parser_and_the_text_in_messages() -> None:
@@ -29,24 +32,54 @@ def test_the_parser_and_the_text_in_messages() -> None:
 
 
 def test_the_types_allow_what_is_right_and_nothing_else() -> None:
-    options = "--noEmit --strict --target es2022 --module nodenext --lib es2022,dom,dom.iterable,dom.asynciterable"
-    command = [str(installed() / ".bin/tsc"), *options.split(), str(JS / "types.ts")]
+    _tsc("--lib es2022,dom,dom.iterable,dom.asynciterable --exactOptionalPropertyTypes", JS / "types.ts")
+
+
+def test_the_types_need_no_dom(tmp_path: Path) -> None:
+    """A program for Node has the DOM's classes from Node's types, but not the names of what is given to them."""
+    (tmp_path / "node.d.ts").write_text("""
+declare class URL { constructor(url: string); }
+declare class AbortSignal { static timeout(ms: number): AbortSignal; }
+declare class Headers {
+  constructor(init?: Record<string, string> | [string, string][] | Headers);
+  get(name: string): string | null;
+}
+declare class Request { readonly credentials: "omit" | "same-origin" | "include"; }
+declare function fetch(url: string | URL | Request): Promise<unknown>;
+""")
+    (tmp_path / "program.mts").write_text(f"""
+/// <reference path="./node.d.ts" />
+import {{ ChatStream, stream }} from "{STATIC}/relay-client.js";
+import type {{ StreamingChatOptions }} from "{STATIC}/use-streaming-chat.js";
+const signal = AbortSignal.timeout(1);
+const opened = stream("http://127.0.0.1/", {{ headers: {{ "X-Mine": "1" }}, signal }});
+for await (const {{ data }} of opened) data.trim();
+export const end = await new ChatStream({{ credentials: "include", headers: new Headers() }}).stream("Hi");
+export const options: StreamingChatOptions = {{ headers: undefined, credentials: undefined, model: undefined }};
+// @ts-expect-error: a header has a text
+void stream("/", {{ headers: {{ "X-Mine": 1 }} }});
+""")
+    _tsc("--lib es2022 --exactOptionalPropertyTypes", tmp_path / "program.mts")
+
+
+def _tsc(options: str, file: Path) -> None:
+    always = "--noEmit --strict --target es2022 --module nodenext"
+    command = [str(installed() / ".bin/tsc"), *always.split(), *options.split(), str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=55, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_modules_import_nothing_but_react_and_each_other() -> None:
     """No dependency and no build step; and every export has its type."""
-    static = REPO / "relay/static"
     imports = {
-        name: re.findall(r'^(?:import|export) .*?from "([^"]+)";$', (static / name).read_text(), re.MULTILINE)
+        name: re.findall(r'^(?:import|export) .*?from "([^"]+)";$', (STATIC / name).read_text(), re.MULTILINE)
         for name in ("relay-client.js", "use-streaming-chat.js")
     }
     assert imports == {"relay-client.js": [], "use-streaming-chat.js": ["react", "./relay-client.js"]}
     exported = r"^export (?:async )?(?:function|class|const) (\w+)"
     for name in imports:
-        types = (static / name.replace(".js", ".d.ts")).read_text()
-        assert set(re.findall(exported, (static / name).read_text(), re.MULTILINE)) == set(
+        types = (STATIC / name.replace(".js", ".d.ts")).read_text()
+        assert set(re.findall(exported, (STATIC / name).read_text(), re.MULTILINE)) == set(
             re.findall(exported, types, re.MULTILINE)
         )
 

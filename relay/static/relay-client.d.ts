@@ -29,37 +29,38 @@ export interface End extends Progress {
   text?: string;
 }
 
+/** An option that is undefined is not given. No name of the DOM's alone stands here: Node's types have all of them. */
 export interface Callbacks {
-  onMessage?: (message: Message) => void;
+  onMessage?: ((message: Message) => void) | undefined;
   /** The text in a message (see textOf) if it has any, and all of it so far. */
-  onText?: (text: string, whole: string) => void;
-  onDone?: (end: End) => void;
-  onError?: (error: StreamError) => void;
-  onProgress?: (progress: Progress) => void;
+  onText?: ((text: string, whole: string) => void) | undefined;
+  onDone?: ((end: End) => void) | undefined;
+  onError?: ((error: StreamError) => void) | undefined;
+  onProgress?: ((progress: Progress) => void) | undefined;
   /** Before the wait for another attempt. */
-  onReconnect?: (next: { attempt: number; waitMs: number; error: StreamError }) => void;
+  onReconnect?: ((next: { attempt: number; waitMs: number; error: StreamError }) => void) | undefined;
 }
 
 export interface CommonOptions extends Callbacks {
-  headers?: HeadersInit;
-  credentials?: RequestCredentials;
-  signal?: AbortSignal;
+  headers?: ConstructorParameters<typeof Headers>[0];
+  credentials?: Request["credentials"] | undefined;
+  signal?: AbortSignal | undefined;
   /**
    * The data of the message that ends the stream, or a function that knows it. None: the answer's end is the end. For
    * ChatStream `[DONE]` or Anthropic's `message_stop`, if none is named.
    */
-  endMarker?: string | ((message: Message) => boolean);
+  endMarker?: string | ((message: Message) => boolean) | undefined;
   /** 0 for stream(), 5 for ChatStream. */
-  maxReconnectAttempts?: number;
+  maxReconnectAttempts?: number | undefined;
   /** Milliseconds without a byte (heartbeats are bytes) after which the stream has stalled: 45000; 0: never. */
-  stallTimeout?: number;
+  stallTimeout?: number | undefined;
   /** Goes into the query as `ticket`; a function is asked for each connection. */
-  ticket?: string | ((about: { signal: AbortSignal }) => string | Promise<string>);
+  ticket?: string | ((about: { signal: AbortSignal }) => string | Promise<string>) | undefined;
   /** false: error frames are messages like others. */
-  errorFrames?: boolean;
+  errorFrames?: boolean | undefined;
   /** What onText gets; textOf unless you have another. */
-  textOf?: (message: Message) => string;
-  fetch?: typeof globalThis.fetch;
+  textOf?: ((message: Message) => string) | undefined;
+  fetch?: typeof globalThis.fetch | undefined;
 }
 
 export interface StreamOptions extends CommonOptions {
@@ -132,7 +133,7 @@ export interface ChatMessage {
 
 export interface ChatOptions extends CommonOptions {
   /** "/api/stream-chat" */
-  url?: string | URL;
+  url?: string | URL | undefined;
 }
 
 export class ChatStream {

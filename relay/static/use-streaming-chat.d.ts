@@ -10,9 +10,9 @@ export interface StreamingChatMessage {
 
 export interface StreamingChatOptions
   extends Omit<ChatOptions, "signal" | "onMessage" | "onText" | "onDone" | "onProgress"> {
-  model?: string;
+  model?: string | undefined;
   /** What was said before; an `id` is given where there is none. */
-  initialMessages?: (Omit<StreamingChatMessage, "id"> & { id?: string })[];
+  initialMessages?: (Omit<StreamingChatMessage, "id"> & { id?: string | undefined })[] | undefined;
 }
 
 export interface StreamingChat {

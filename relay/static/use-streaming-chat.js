@@ -126,7 +126,7 @@ class Conversation {
   }
 }
 
-const withId = (message) => ({ id: newId(), ...message });
+const withId = (message) => ({ ...message, id: message.id ?? newId() });
 
 /** What the model is told of a conversation: whole turns, and stopped ones as far as they came. */
 function history(messages) {

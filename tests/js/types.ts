@@ -16,6 +16,7 @@ export async function uses(): Promise<string> {
     ticket: async ({ signal }) => (await fetch("/ticket", { method: "POST", signal })).text(),
     stallTimeout: 0,
     maxReconnectAttempts: 3,
+    fetch: undefined,
     onMessage: ({ event, data, id }) => console.log(event, data, id),
     onProgress: (progress: Progress) => console.log(progress.bytes + (progress.firstByteMs ?? 0)),
     onText: (text: string, whole: string) => console.log(text.length <= whole.length),
