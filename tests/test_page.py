@@ -247,7 +247,7 @@ def test_a_broken_answer_says_so_and_why(
     trying.ends("failed")
     assert trying.text == "Half of "
     assert trying.answer.locator("h3").inner_text() == "Answer, incomplete"
-    assert trying.note.startswith("Incomplete: the answer broke off.")
+    assert trying.note.startswith("Incomplete, the answer broke off:")
     assert re.search(reason, trying.note)
     assert trying.said[-1] == "Answer failed, incomplete."
     trying.answer.get_by_role("button", name="Try again").click()
@@ -268,7 +268,7 @@ def test_an_upstreams_refusal_is_shown_and_asked_once(
     upstream.next(CHAT).reply(llm.openai_error("not today", "some_error", "some_code"), status, "No", llm.JSON)
     trying.ends("failed")
     assert trying.answer.locator("h3").inner_text() == "No answer"
-    assert trying.note.split("\n") == [f"The request failed (status {status}).", "not today"]
+    assert trying.note.split("\n") == [f"The request failed (status {status}):", "not today"]
     assert trying.said[-1] == "Answer failed."
     assert len(upstream.seen(CHAT)) == before + 1
 

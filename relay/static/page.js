@@ -84,7 +84,7 @@ function fail(mine, error) {
   const { turn } = mine;
   const some = turn.text.text !== "";
   const number = error?.status >= 400 ? ` (status ${error.status})` : "";
-  const what = some ? "Incomplete: the answer broke off." : `The request failed${number}.`;
+  const what = some ? "Incomplete, the answer broke off:" : `The request failed${number}:`;
   finish(mine, "failed", what, error?.message || "No reason was given.", () => again(turn));
   say(some ? "Answer failed, incomplete." : "Answer failed.");
   if (error?.status === 401) {
