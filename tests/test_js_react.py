@@ -27,9 +27,9 @@ _APP = """async () => {
     const { useStreamingChat } = await import("/static/use-streaming-chat.js");
     globalThis.renders = 0;
     globalThis.errors = [];
-    function Chat() {
+    function Chat({ more }) {
         const onError = (error) => errors.push(error.code);
-        const chat = globalThis.chat = useStreamingChat({ url: "/v1/chat", model: "m-1", onError });
+        const chat = globalThis.chat = useStreamingChat({ url: "/v1/chat", model: "m-1", onError, ...more });
         globalThis.renders += 1;
         return h("section", { id: "chat", "aria-busy": chat.isStreaming },
             chat.messages.map(({ id, role, content, status = "whole" }) =>
@@ -37,7 +37,8 @@ _APP = """async () => {
             h("output", null, chat.error?.code));
     }
     globalThis.root = createRoot(document.querySelector("#root"));
-    root.render(h(StrictMode, null, h(Chat)));
+    globalThis.render = (more, key) => root.render(h(StrictMode, null, h(Chat, { more, key })));
+    render();
 }"""
 
 
@@ -234,6 +235,39 @@ def test_a_burst_renders_seldom_and_loses_nothing(chat: Chat) -> None:
     chat.shows(("user", "whole", "Hi"), ("assistant", "whole", "".join(words)))
     frames = chat.page.evaluate("renders")
     assert frames < len(words) / 5  # StrictMode renders twice
+
+
+def test_the_options_of_the_latest_render_are_those_of_the_next_message(chat: Chat) -> None:
+    """And an answer that streams keeps its own."""
+    chat.send("Hi")
+    ex = chat.next()
+    chat.page.evaluate("() => { render({ model: 'm-2', headers: { 'X-Mine': '2' } }); }")
+    ex.send(chunk("Every byte.") + DONE)
+    ex.end()
+    assert chat.page.evaluate("sent") is True
+    second = chat.answer("And?", "No.")
+    assert [(asked(each)["model"], each.header("X-Mine")) for each in (ex, second)] == [("m-1", None), ("m-2", b"2")]
+    chat.shows(
+        ("user", "whole", "Hi"), ("assistant", "whole", "Every byte."), ("user", "whole", "And?"),
+        ("assistant", "whole", "No."),
+    )  # fmt: skip
+
+
+def test_a_conversation_goes_on_from_what_was_said_before(chat: Chat) -> None:
+    """What was said has ids, given or not, and only initialMessages' roles and texts are sent."""
+    chat.page.evaluate("""() => { render({ initialMessages: [
+        { role: "system", content: "Be brief." }, { id: undefined, role: "user", content: "Hi", when: 1 },
+        { id: "mine", role: "assistant", content: "Half", status: "stopped" },
+    ] }, "another"); }""")
+    chat.shows(("system", "whole", "Be brief."), ("user", "whole", "Hi"), ("assistant", "stopped", "Half"))
+    ids = chat.page.evaluate("chat.messages.map(({ id }) => id)")
+    assert len(set(ids)) == 3
+    assert all(ids)
+    assert ids[2] == "mine"
+    ex = chat.answer("And?", "No.")
+    assert asked(ex)["messages"] == [
+        {"role": "system", "content": "Be brief."}, user("Hi"), assistant("Half"), user("And?"),
+    ]  # fmt: skip
 
 
 def test_clearing_stops_and_forgets(chat: Chat) -> None:
