@@ -285,6 +285,24 @@ def test_an_iterator_that_stands_still_stops_the_upstream_and_then_gets_all(shop
     assert job.result() == [count, count * 99_993]
 
 
+def test_messages_that_nobody_reads_are_not_kept_and_who_comes_late_is_told(shop: Shop) -> None:
+    event = b"data: " + b"x" * 99_993 + b"\n\n"
+    path = shop.upstream.serve(answers(*[event] * 100))
+    found = shop.run(
+        """
+        const opened = client.stream(url);
+        const {events, bytes} = await opened;
+        try {
+            for await (const {data} of opened) return data;
+        } catch (error) {
+            return [events, bytes, error.name];
+        }
+        """,
+        path,
+    )
+    assert found == [100, 100 * len(event), "TypeError"]
+
+
 # --- Ends
 
 

@@ -24,8 +24,8 @@
  *   waits a quarter of a second before it cuts; a page that is busy for longer may miss its error frame: a "cut" then.
  * - Leaving the iterator (break), abort() and options.signal close the connection, and the relay then closes its own.
  * - Messages wait for an iterator as long as it takes; beyond 8 MiB of them the connection is not read, and TCP slows
- *   the sender down. With an onMessage or onText, an iterator gets what comes after it was made, so that nothing
- *   piles up.
+ *   the sender down. For one that has not come yet no more than that is kept either: it is told so, by a TypeError.
+ *   With an onMessage or onText, an iterator gets what comes after it was made, so that nothing piles up.
  *
  * Rules: https://html.spec.whatwg.org/multipage/server-sent-events.html
  */
@@ -360,6 +360,7 @@ class EventStream {
   #queue = []; // messages that wait for the iterator
   #taken = 0; // of those, how many it has got
   #queued = 0; // characters in them
+  #forgotten = false; // they became too many before anybody iterated
   #iterators = 0;
   #waiting = []; // of next(), for a message
   #room = null; // of the reader, for room in the queue
@@ -412,6 +413,7 @@ class EventStream {
   }
 
   [Symbol.asyncIterator]() {
+    if (this.#forgotten) throw new TypeError("More came before this iterator than is kept: iterate at once");
     this.#iterators += 1;
     this.#promise.catch(() => {}); // the iterator throws it
     let left = false;
@@ -637,7 +639,11 @@ class EventStream {
       }
       this.#call("onProgress", this.#progress());
       if (ended) return true;
-      if (this.#iterators > 0 && this.#queued > MOST_WAITING) {
+      if (this.#iterators === 0 && this.#queued > MOST_WAITING) {
+        this.#forgotten = true;
+        this.#queue = [];
+        this.#queued = 0;
+      } else if (this.#queued > MOST_WAITING) {
         await new Promise((resolve) => (this.#room = resolve));
         this.#room = null;
         watch.seen();
@@ -650,7 +656,7 @@ class EventStream {
   #deliver(message) {
     const { onMessage, onText } = this.#options;
     this.#events += 1;
-    if (this.#iterators > 0 || !(onMessage || onText)) {
+    if (this.#iterators > 0 || !(onMessage || onText || this.#forgotten)) {
       this.#queue.push(message);
       this.#queued += message.data.length;
       this.#wake();
