@@ -131,7 +131,7 @@ def _number(said: Mapping[str, Any], name: str, least: float, most: float, *, wh
     if value is None or (value == 0 and not isinstance(value, bool)):
         return 0.0  # off
     kind = "a whole number" if whole else "a number"
-    wrong = errors.BadRequest(f"{name} must be {kind} from {least:g} to {most:,g}, or 0 for none".replace(",", ""))
+    wrong = errors.BadRequest(f"{name} must be {kind} from {least:g} to {most:g}, or 0 for none")
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
         raise wrong
     if whole and not float(value).is_integer():
