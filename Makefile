@@ -28,7 +28,7 @@ install: $(RUN) ## Set up .venv with what running needs
 
 .PHONY: run
 run: $(RUN) ## Serve on 127.0.0.1:8000 (without RELAY_UPSTREAM_URL: a demo upstream)
-	@tools/hello
+	@$(IN_VENV) tools/hello
 	@exec $(IN_VENV) -m gunicorn wsgi:app
 
 .PHONY: up
