@@ -16,7 +16,7 @@ from urllib.parse import unquote
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-# What the relay routes (DESIGN.md, "What it answers").
+# What the relay routes (README.md, "What it answers").
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 # RFC 9112 §3.2.2: a proxy's request names the whole URL. `//host` is a path.

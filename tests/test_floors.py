@@ -13,7 +13,7 @@ import relay
 
 PACKAGE = Path(relay.__file__).parent
 
-# DESIGN.md, "The house". A new module gets its floor here: the lowest on which it can stand.
+# README.md, "Development". A new module gets its floor here: the lowest on which it can stand.
 FLOORS = {
     0: ["sse", "headers", "errors", "paths", "http1", "record", "usage", "eventsource", "answer", "prompts", "version"],
     1: ["settings", "waiting", "limits", "environment", "cpus", "metrics", "names", "drain", "keys", "presence"],
@@ -121,7 +121,7 @@ HOUSE = sorted(MODULES.keys() - {"relay"})  # the package itself only offers two
 
 def test_every_module_has_a_floor() -> None:
     without = [module for module in HOUSE if f"relay.{module.split('.')[1]}" not in FLOOR]
-    assert not without, "put it on its floor in FLOORS, and into DESIGN.md's table"
+    assert not without, "put it on its floor in FLOORS, and into README.md's table"
 
 
 @pytest.mark.parametrize("module", HOUSE)

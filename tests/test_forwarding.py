@@ -1,4 +1,4 @@
-"""The request goes upstream as it came and the answer comes back as it was, headers by DESIGN.md's two lists.
+"""The request goes upstream as it came and the answer comes back as it was, headers by README.md's two lists.
 
 Everything by raw sockets at both ends: what is compared are the bytes on the wire.
 """

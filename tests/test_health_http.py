@@ -132,7 +132,7 @@ EVERYWHERE = pytest.mark.parametrize("where", ["service", "admin", "nginx"])
 
 @EVERYWHERE
 def test_a_live_upstream_is_ok(keyed: Watched, where: str) -> None:
-    """With all that DESIGN.md names, and nothing that is nobody's business."""
+    """With all that README.md names, and nothing that is nobody's business."""
     code, report = keyed.ask(where)
     assert (code, report["status"]) == (200, "ok")
     assert sorted(report) == ["status", "streams", "upstream", "uptime_s", "version"]

@@ -30,7 +30,7 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 # What both redis-py and the library `limits` reach one Redis by.
 _LIMITS_SCHEMES = frozenset({"redis", "rediss", "redis+unix"})
 
-# What the relay itself answers (DESIGN.md, "What it answers"). A mount on or above
+# What the relay itself answers (README.md, "What it answers"). A mount on or above
 # one of these would hide it.
 _OWN_ROUTES = (
     *("/health", "/metrics", "/ticket", "/streams"),

@@ -28,7 +28,7 @@ PREFIX = "RELAY_"
 _KIB, _GIB = 2**10, 2**30  # bytes
 _MINUTE, _HOUR, _DAY = 60, 3600, 86_400  # seconds
 
-# 10 ms, well above the event loop's own delays under load (FACTS.md: first-event p99 8 ms); tests go down to it.
+# 10 ms, well above the event loop's own delays under load (a first event's p99: 8 ms); tests go down to it.
 _SHORTEST = 0.01
 
 
