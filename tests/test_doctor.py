@@ -21,7 +21,7 @@ from harness import REPO, eventually, servers
 from harness.client import Connection, request
 from harness.upstream import Upstream
 
-from relay.doctor import hops
+from relay.doctor import command, hops
 from relay.doctor.findings import Observations, findings
 from relay.doctor.probe import Answer, Target, Unreachable, get
 from relay.doctor.timeline import Timeline, read
@@ -222,6 +222,21 @@ def test_beside_the_service_it_checks_the_settings_too(
     assert "RELAY_HEARTBEAT" in one["explanation"]
     assert "RELAY_UPSTREAM_KEY" in one["explanation"]
     assert "RELAY_CLIENT_KEY:" not in one["explanation"]  # the doctor's own is no fault
+
+
+def test_a_dotenv_that_nothing_reads_is_told_if_it_has_settings_of_the_relays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shop's folder has a .env of its own more often than not."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "dotenv", None)  # as if it were not installed
+    assert command._dotenv_unread() == ()
+    file = tmp_path / ".env"
+    file.write_text("SECRET_KEY=of-the-shop\n")
+    assert command._dotenv_unread() == ()
+    file.write_text("SECRET_KEY=of-the-shop\nRELAY_MOUNT=/v1\n")
+    (said,) = command._dotenv_unread()
+    assert "pip install python-dotenv" in said
 
 
 @pytest.mark.parametrize(("key", "finding"), [((), "key_needed"), (("--key", "another"), "key_refused")])

@@ -105,15 +105,18 @@ def _beside_the_service() -> tuple[tuple[str, ...], Settings | None]:
         return _dotenv_unread(), Settings.from_mapping(given, service=True)
     except SettingsError as fault:
         return fault.faults, None
+    except OSError as error:
+        return (f".env cannot be read: {error}",), None
 
 
 def _dotenv_unread() -> tuple[str, ...]:
-    """A `.env` that a service here would not read."""
-    if Path(".env").is_file():
+    """A `.env` that has settings of the relay's, and that a service here would not read. A shop's own is its own."""
+    file = Path(".env")
+    if file.is_file() and b"RELAY_" in file.read_bytes():
         try:
             import dotenv  # noqa: F401
         except ModuleNotFoundError:
-            return ("there is a .env, but python-dotenv is not installed, so that nothing reads it",)
+            return ("nothing reads .env without the package python-dotenv; pip install python-dotenv",)
     return ()
 
 
