@@ -39,8 +39,8 @@ class Relay:
     serves below `{prefix}/_relay/` beside its health: `"prompts"` (the prompt endpoints), `"scripts"` (the JavaScript
     client), `"page"` (a page to try it on, which needs and so brings the others); `()` is none of them.
 
-    Raises ValueError for an unknown part, and SettingsError from `init_app` (and from the constructor, given an app)
-    if a setting is wrong.
+    Raises ValueError for an unknown part, and from `init_app` (and from the constructor, given an app) for a name or
+    prefix that another relay in the app has, and SettingsError if a setting is wrong.
     """
 
     def __init__(
@@ -100,8 +100,13 @@ class Relay:
         mounts = app.extensions.setdefault("relay", {})
         if self.name in mounts:
             raise ValueError(f"the app has a relay called {self.name!r} already; give this one another name=")
+        prefix = prefix.rstrip("/")
+        if prefix and not prefix.startswith("/"):
+            raise ValueError(f"url_prefix must begin with a slash: {prefix!r}")
+        if any(rule.rule == f"{prefix}/_relay/health" for rule in app.url_map.iter_rules()):
+            raise ValueError(f"the app has a relay at {prefix or '/'} already; give {self.name!r} another url_prefix=")
         mounts[self.name] = mount
-        app.register_blueprint(self.blueprint, url_prefix=prefix.rstrip("/") or None)
+        app.register_blueprint(self.blueprint, url_prefix=prefix or None)
         across = None if mount.service else cors.hooks(app, mount.settings)
         if across:
             # Before the shop's own checks: a preflight brings no cookie and no key.

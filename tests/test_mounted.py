@@ -584,6 +584,19 @@ def test_two_relays_in_an_app_need_two_names() -> None:
     assert {rule.rule.split("/")[1] for rule in app.url_map.iter_rules() if rule.endpoint != "static"} == {"a", "b"}
 
 
+def test_two_relays_in_an_app_need_two_prefixes() -> None:
+    """The second would never be called, and nothing would say so."""
+    app = Flask("shop")
+    app.config["RELAY_UPSTREAM_URL"] = "http://127.0.0.1:9"
+    Relay(app, url_prefix="/a")
+    with pytest.raises(ValueError, match="the app has a relay at /a already"):
+        Relay(app, name="b", url_prefix="/a/")
+    with pytest.raises(ValueError, match="url_prefix must begin with a slash: 'b'"):
+        Relay(app, name="b", url_prefix="b")
+    Relay(app, name="b", url_prefix="/a/b")
+    Relay(app, name="root", url_prefix="/")
+
+
 def test_one_extension_serves_several_apps() -> None:
     """As a test suite makes an app for each test."""
     relay = Relay(url_prefix="/ai")
