@@ -165,7 +165,7 @@ def _stats(stream: Stream[Any], seconds: float) -> str:
     def of(count: int, what: str) -> str:
         return f"{count} {what} ({count / flowing:.0f}/s)"
 
-    first = "-" if stream.first_byte is None else f"{stream.first_byte:.2f} s"
+    first = "-" if stream.first_byte is None else f"{stream.first_byte * 1000:.0f} ms"
     return (
         f"first byte after {first} · {of(stream.events, 'events')} · {of(stream.characters, 'characters')}"
         f" · {seconds:.2f} s in all"
