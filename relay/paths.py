@@ -113,11 +113,11 @@ def split_target(raw_target: str) -> tuple[str, str | None]:
 def bad_target(raw_path: str, query: str | None) -> str | None:
     """Return the sentence for a 400 if this target must not go upstream, else None."""
     if _NOT_IN_TARGET.search(raw_path) is not None:
-        return "The path must not contain spaces, control characters or '#'."
+        return "the path must not contain spaces, control characters or '#'"
     if query and _NOT_IN_TARGET.search(query) is not None:
-        return "The query must not contain spaces, control characters or '#'."
+        return "the query must not contain spaces, control characters or '#'"
     if leaves_base(raw_path):
-        return "The path must not contain '.' or '..' segments, however encoded."
+        return "the path must not contain '.' or '..' segments, however encoded"
     return None
 
 
