@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from flask import Flask, Response, request
+from flask import Flask, Response, current_app, request
 from werkzeug.exceptions import HTTPException
 
 from relay import cors, environment, errors, listing, log
@@ -14,10 +14,17 @@ from relay.metrics import CONTENT_TYPE, metrics
 from relay.parts import PARTS, routes
 from relay.paths import METHODS
 from relay.settings import Settings
+from relay.settings.places import split_bind
 from relay.views import answers, state
 
 if TYPE_CHECKING:
     from relay.mount import Mount
+
+
+#: What RELAY_ADMIN_BIND has, by endpoint: of these nobody is asked for a key.
+_ADMIN = frozenset(
+    {"service_health", "service_health_live", "service_health_ready", "service_metrics", "service_streams"}
+)
 
 
 def create_app(config: Mapping[str, object] | None = None) -> Flask:
@@ -46,6 +53,7 @@ def create_app(config: Mapping[str, object] | None = None) -> Flask:
         )
     app.add_url_rule("/metrics", "service_metrics", lambda: _metrics(settings), methods=["GET"])
     app.add_url_rule("/streams", "service_streams", lambda: _streams(settings), methods=["GET"])
+    app.before_request(lambda: _admin_has_no_more(settings))
     across = cors.hooks(app, settings, not_for=("/metrics", "/streams"))
     if across:
         app.before_request(across[0])
@@ -65,19 +73,28 @@ def _bound(view: Any, mount: Mount) -> Any:
 def _metrics(settings: Settings) -> Response:
     """All workers' metrics, on the admin address only: they tell who uses how much."""
     if not _on_admin_address(settings):
-        raise errors.NotFound("there is nothing at this path; metrics are on RELAY_ADMIN_BIND")
+        raise errors.NotFound("nothing is at this path; metrics are on RELAY_ADMIN_BIND")
     return Response(metrics().expose(), content_type=CONTENT_TYPE)
 
 
 def _streams(settings: Settings) -> Response:
     """The open streams of all workers, on the admin address only."""
     if not _on_admin_address(settings):
-        raise errors.NotFound("there is nothing at this path; the list of streams is on RELAY_ADMIN_BIND")
+        raise errors.NotFound("nothing is at this path; the list of streams is on RELAY_ADMIN_BIND")
     streams, silent = listing.everywhere()
     response = answers.as_json(streams)
     if silent:
         response.headers["X-Workers-Silent"] = ", ".join(map(str, silent))
     return response
+
+
+def _admin_has_no_more(settings: Settings) -> None:
+    """Keep the relay itself off the admin address, which monitoring may reach and whoever guards the service may not
+    guard. Raises NotFound."""
+    if request.endpoint not in _ADMIN and _on_admin_address(settings):
+        raise errors.NotFound(
+            "nothing is at this path: here are health, metrics and the list of streams; the relay is on RELAY_BIND"
+        )
 
 
 def _on_admin_address(settings: Settings) -> bool:
@@ -88,13 +105,18 @@ def _on_admin_address(settings: Settings) -> bool:
     here = sock.getsockname()
     if not isinstance(here, tuple):
         return settings.admin_bind == f"unix:{here}"
-    return settings.admin_bind.rpartition(":")[2] == str(here[1])
+    admin, service = split_bind(settings.admin_bind), split_bind(settings.bind)
+    # One port on two of the machine's addresses: the address decides. Neither is then a wildcard.
+    return admin.port == here[1] and (admin.port != service.port or admin.host == here[0])
 
 
 def _http_error(error: HTTPException) -> Response:
     """What Flask refuses itself, in the relay's shape."""
     if error.code == 404:
-        known: errors.RelayError = errors.NotFound("nothing is at this path; what is relayed lies below RELAY_MOUNT")
+        mount = next(iter(current_app.extensions["relay"].values())).settings.mount
+        known: errors.RelayError = errors.NotFound(
+            f"nothing is at this path; what is relayed lies below {mount} (RELAY_MOUNT)"
+        )
     elif error.code == 405:
         known = errors.MethodNotAllowed("this path does not take this method")
     else:

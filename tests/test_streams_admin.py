@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from flask import Flask
 from harness import eventually, servers
 from harness.client import Connection, request
 from harness.upstream import Upstream
 from test_prompts import STREAM, chunk, flood
+
+from relay import app
+from relay.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -163,3 +168,31 @@ def test_folders_of_a_service_that_was_killed_go_when_another_starts(upstream: U
 
 def _folders() -> list[Path]:
     return [path for root in ("/dev/shm", "/tmp") for path in Path(root).glob("relay-run-*/streams-*.sock")]
+
+
+def test_the_admin_address_has_nothing_of_the_relay_itself(relay: Gunicorn, upstream: Upstream) -> None:
+    """Whoever guards the service, nginx for one, does not guard this address."""
+    asked = len(upstream.seen())
+    key = {"Authorization": "Bearer key-a", **JSON}
+    for method, path in (("GET", "/v1/models"), ("POST", "/v1/chat/completions"), ("POST", "/api/stream-chat")):
+        response = request(relay.admin_port, method, path, key, b"{}" if method == "POST" else b"")
+        assert response.status == 404
+        assert "the relay is on RELAY_BIND" in json.loads(response.finish().data)["error"]["message"]
+    for path in ("/", "/relay-client.js", "/v1/_relay/ticks", "/nowhere"):
+        assert request(relay.admin_port, "GET", path, key).status == 404
+    for path in ("/health/live", "/health/ready", "/metrics", "/streams"):
+        assert request(relay.admin_port, "GET", path).status == 200
+    assert len(upstream.seen()) == asked
+
+
+def test_one_port_on_two_addresses_keeps_them_apart() -> None:
+    """The service's own address is not taken for the admin's because it has the same port."""
+    with socket.create_server(("127.0.0.2", 0)) as listener:
+        port = listener.getsockname()[1]
+        with socket.create_connection(("127.0.0.2", port)), listener.accept()[0] as accepted:
+            for admin, other in (("127.0.0.2", "127.0.0.1"), ("127.0.0.1", "127.0.0.2")):
+                settings = Settings.from_mapping(
+                    {"RELAY_BIND": f"{other}:{port}", "RELAY_ADMIN_BIND": f"{admin}:{port}"}, service=True
+                )
+                with Flask("app").test_request_context(environ_overrides={"gunicorn.socket": accepted}):
+                    assert app._on_admin_address(settings) is (admin == "127.0.0.2")
