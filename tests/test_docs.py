@@ -265,13 +265,15 @@ def test_the_openai_example_prints_the_answer(demo: Gunicorn) -> None:
 
 
 @contextlib.contextmanager
-def shop(code: str, folder: Path, upstream: Upstream, worker: str = "gevent", **more: str) -> Iterator[Gunicorn]:
-    """A README's app under gunicorn, its upstreams replaced; `more`: of the environment."""
+def shop(
+    code: str, folder: Path, upstream: Upstream, worker: str = "gevent", ready: str | None = None, **more: str
+) -> Iterator[Gunicorn]:
+    """A README's app under gunicorn, its upstreams replaced; `ready`: as for gunicorn; `more`: of the environment."""
     replaced, count = re.subn(r"https://api\.\w+\.com/v1", upstream.base_url, code)
     assert count, "the example names no upstream"
     (folder / "shop.py").write_text(replaced, encoding="utf-8")
     env = {"PYTHONPATH": str(folder), "ANTHROPIC_API_KEY": "key-for-anthropic", **more}
-    with servers.gunicorn(env, "shop:app", None, ["-k", worker, "--threads", "8"], ready=None) as running:
+    with servers.gunicorn(env, "shop:app", None, ["-k", worker, "--threads", "8"], ready=ready) as running:
         yield running
 
 

@@ -198,10 +198,16 @@ def test_beside_flask_limiter(tmp_path: Path, upstream: Upstream) -> None:
     """Two workers share one count in Redis; pages have their own; health does not count."""
     with (
         redis_server() as redis,
-        recipe("flask_limiter", tmp_path, upstream, LIMITS=redis.url, WEB_CONCURRENCY="2") as app,
+        recipe(
+            "flask_limiter",
+            tmp_path,
+            upstream,
+            ready="/ai/_relay/health/live",  # a look at the page would count
+            LIMITS=redis.url,
+            WEB_CONCURRENCY="2",
+        ) as app,
     ):
-        # Of the two that a page allows, one was the look whether the shop is up.
-        assert [request(app.port, "GET", "/").status for _ in range(2)] == [200, 429]
+        assert [request(app.port, "GET", "/").status for _ in range(3)] == [200, 200, 429]
         whole = carries(app, upstream)  # three of twenty
         assert (whole.header("X-RateLimit-Limit"), whole.header("X-RateLimit-Remaining")) == (b"20", b"19")
 
