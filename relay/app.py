@@ -105,9 +105,11 @@ def _on_admin_address(settings: Settings) -> bool:
     here = sock.getsockname()
     if not isinstance(here, tuple):
         return settings.admin_bind == f"unix:{here}"
-    admin, service = split_bind(settings.admin_bind), split_bind(settings.bind)
+    if settings.admin_bind.rpartition(":")[2] != str(here[1]):
+        return False
     # One port on two of the machine's addresses: the address decides. Neither is then a wildcard.
-    return admin.port == here[1] and (admin.port != service.port or admin.host == here[0])
+    admin, service = split_bind(settings.admin_bind), split_bind(settings.bind)
+    return admin.port != service.port or admin.host == here[0]
 
 
 def _http_error(error: HTTPException) -> Response:
