@@ -199,10 +199,11 @@ def _lines(found: Examination) -> list[tuple[str, str]]:
     if pace is not None:
         told = pace.told.get("seen", {})
         signs = hops.signs(pace.answer.headers)
+        hop = f"{told.get('protocol')}, {told.get('forwarded') or 'no'}"
         lines += [
             ("edge", pace.answer.version + {True: ", HTTP/2 offered", False: ", no HTTP/2", None: ""}[seen.http2]),
             ("headers", ", ".join(signs) or "none that tells of a proxy"),
-            ("last hop", f"{told.get('protocol')}, {told.get('forwarded')} in X-Forwarded-For"),
+            ("last hop", f"{hop} address{'' if told.get('forwarded') == 1 else 'es'} in X-Forwarded-For"),
             ("events", f"{len(pace.ticks)} of {pace.of}, {pace.arrival}, up to {pace.held_back * 1000:.0f} ms late"),
             ("answer", f"after {pace.answer.head_at * 1000:.0f} ms"),
         ]
