@@ -303,7 +303,8 @@ def test_where_there_is_no_relay_is_a_sentence_and_status_2(tmp_path: Path) -> N
     with servers.nginx(servers.free_port(), servers.free_port()) as proxy:
         done = doctor(proxy.base_url, tmp_path)
         assert done.returncode == 2
-        assert "does not reach the relay behind it (The relay is not reachable)" in done.stderr
+        assert "does not reach the relay behind it (the relay is not reachable)" in done.stderr
+        assert done.stderr.endswith("at the address that the proxy has?\n")
 
 
 def test_a_mounted_relay_with_a_login_on_plain_threads(tmp_path: Path, upstream: Upstream) -> None:
