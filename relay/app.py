@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,7 @@ from relay.blueprint import Relay
 from relay.metrics import CONTENT_TYPE, metrics
 from relay.parts import PARTS, routes
 from relay.paths import METHODS
-from relay.settings import Settings
-from relay.settings.places import split_bind
+from relay.settings import Settings, split_bind
 from relay.views import answers, state
 
 if TYPE_CHECKING:
@@ -73,14 +73,14 @@ def _bound(view: Any, mount: Mount) -> Any:
 def _metrics(settings: Settings) -> Response:
     """All workers' metrics, on the admin address only: they tell who uses how much."""
     if not _on_admin_address(settings):
-        raise errors.NotFound("nothing is at this path; metrics are on RELAY_ADMIN_BIND")
+        raise errors.NotFound("there is nothing at this path; metrics are on RELAY_ADMIN_BIND")
     return Response(metrics().expose(), content_type=CONTENT_TYPE)
 
 
 def _streams(settings: Settings) -> Response:
     """The open streams of all workers, on the admin address only."""
     if not _on_admin_address(settings):
-        raise errors.NotFound("nothing is at this path; the list of streams is on RELAY_ADMIN_BIND")
+        raise errors.NotFound("there is nothing at this path; the list of streams is on RELAY_ADMIN_BIND")
     streams, silent = listing.everywhere()
     response = answers.as_json(streams)
     if silent:
@@ -105,11 +105,19 @@ def _on_admin_address(settings: Settings) -> bool:
     here = sock.getsockname()
     if not isinstance(here, tuple):
         return settings.admin_bind == f"unix:{here}"
-    if settings.admin_bind.rpartition(":")[2] != str(here[1]):
-        return False
-    # One port on two of the machine's addresses: the address decides. Neither is then a wildcard.
-    admin, service = split_bind(settings.admin_bind), split_bind(settings.bind)
-    return admin.port != service.port or admin.host == here[0]
+    service, admin = split_bind(settings.bind), split_bind(settings.admin_bind)
+    if here[1] != admin.port or service.port != admin.port:
+        return bool(here[1] == admin.port)
+    # One port of two hosts. A name may be any address, so it is told from the other by that one's.
+    address, theirs, ours = (_ip(host) for host in (here[0], service.host, admin.host))
+    return address == ours if ours else theirs is not None and address != theirs
+
+
+def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
 
 
 def _http_error(error: HTTPException) -> Response:

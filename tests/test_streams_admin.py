@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from flask import Flask
 from harness import eventually, servers
 from harness.client import Connection, request
 from harness.upstream import Upstream
@@ -194,5 +193,5 @@ def test_one_port_on_two_addresses_keeps_them_apart() -> None:
                 settings = Settings.from_mapping(
                     {"RELAY_BIND": f"{other}:{port}", "RELAY_ADMIN_BIND": f"{admin}:{port}"}, service=True
                 )
-                with Flask("app").test_request_context(environ_overrides={"gunicorn.socket": accepted}):
+                with app.Flask("app").test_request_context(environ_overrides={"gunicorn.socket": accepted}):
                     assert app._on_admin_address(settings) is (admin == "127.0.0.2")

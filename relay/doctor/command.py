@@ -133,8 +133,7 @@ def _progress() -> Callable[[str], None]:
 def _not_reached(url: str, sentence: str, faults: tuple[str, ...], *, as_json: bool) -> NoReturn:
     if as_json:
         click.echo(json.dumps({"url": url, "error": sentence, "settings_faults": faults}, indent=2))
-    end = "" if sentence.endswith((".", "?")) else "."
-    click.echo(f"No relay was reached: {sentence}{end}", err=True)
+    click.echo(f"No relay was reached: {sentence.rstrip('.')}{'' if sentence.endswith('?') else '.'}", err=True)
     for fault in faults:
         click.echo(f"A setting in this folder is wrong: {fault}", err=True)
     sys.exit(_NOT_REACHED)

@@ -7,7 +7,7 @@ to an object. Nothing here reads the process's environment.
 from __future__ import annotations
 
 from relay.settings.model import Settings, SettingsError
-from relay.settings.places import loopback
+from relay.settings.places import loopback, split_bind
 from relay.settings.table import GROUPS, SETTINGS, Setting
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "Settings",
     "SettingsError",
     "loopback",
+    "split_bind",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import SplitResult, urlsplit
@@ -47,6 +48,7 @@ class Bind(NamedTuple):
     path: str = ""
 
 
+@lru_cache(maxsize=16)  # every request to the service asks which of its two addresses it came in at
 def split_bind(bind: str) -> Bind:
     """Take `host:port`, `[v6]:port` or `unix:/path` apart; anything else is a FaultError."""
     if bind.startswith("unix:"):
