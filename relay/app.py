@@ -74,7 +74,9 @@ def _metrics(settings: Settings) -> Response:
     """All workers' metrics, on the admin address only: they tell who uses how much."""
     if not _on_admin_address(settings):
         raise errors.NotFound("there is nothing at this path; metrics are on RELAY_ADMIN_BIND")
-    return Response(metrics().expose(), content_type=CONTENT_TYPE)
+    response = Response(metrics().expose(), content_type=CONTENT_TYPE)
+    response.headers["X-Request-ID"] = answers.request_id()
+    return response
 
 
 def _streams(settings: Settings) -> Response:
@@ -140,5 +142,5 @@ def _http_error(error: HTTPException) -> Response:
 
 
 def _bug(_error: Exception) -> Response:
-    log.logger.exception("a request failed in the relay itself")
+    log.logger.exception("request %s failed in the relay itself", answers.request_id())
     return answers.error_response(errors.RelayError("the relay failed; its log says why under this request id"))
