@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 #: Seconds that a caller waits for a probe under way before it gets the last known state.
 _PATIENCE = 1.0
+#: Seconds after which the metrics are told again of what has not changed: what another worker has told them since would
+#: stand otherwise.
+_TELL_AGAIN = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +67,21 @@ class Health:
         self._known: Known | None = None
         self._lock = threading.Lock()
         self._probing: threading.Event | None = None
+        self._told: tuple[bool, bool | None] | None = None
+        self._tell_at = 0.0
 
-    def known(self) -> Known:
+    def known(self, *, ask: bool = True) -> Known:
         """What is known now, asking the upstream if that is stale. Takes at most a second, whatever the upstream does.
 
-        While a probe takes longer than that, the last known state; if there is none, `down` with the reason.
+        While a probe takes longer than that, the last known state; if there is none, `down` with the reason. With
+        `ask` False nobody is asked and nothing waited for.
         """
         known = self._known
         ttl = self._settings.health_ttl
         if known is not None and time.monotonic() - known.monotonic < ttl:
             return known
+        if not ask:
+            return known or _failed("the upstream has not been asked yet")
         with self._lock:
             probing = self._probing
             if probing is None:
@@ -87,9 +95,9 @@ class Health:
         before = self._known
         if status == 401 and self._settings.adds_key:
             key = "rejected"
-        elif status < 400 and self._settings.adds_key:
+        elif 200 <= status < 300 and self._settings.adds_key:
             key = "accepted"
-        else:  # other refusals may be of the path or the model
+        else:  # other refusals may be of the path or the model, and a redirect looks at no key
             key = before.key if before is not None else "not checked"
         self._learn(Known(status, seconds * 1000, key, time.time(), time.monotonic(), "traffic"))
 
@@ -98,6 +106,7 @@ class Health:
         known = self._known
         if known is not None and known.source == "traffic":
             self._known = replace(known, monotonic=-math.inf)
+        self._tell(reachable=False, key_accepted=None)
 
     def _probe(self, done: threading.Event) -> None:
         """Ask once and remember the answer."""
@@ -109,10 +118,16 @@ class Health:
             done.set()
 
     def _learn(self, known: Known) -> None:
-        before, self._known = self._known, known
-        if before is None or before.status != known.status or before.key != known.key:
-            accepted = {"accepted": True, "rejected": False}.get(known.key)
-            metrics().upstream(self._mount, reachable=known.status_code is not None, key_accepted=accepted)
+        self._known = known
+        accepted = {"accepted": True, "rejected": False}.get(known.key)
+        self._tell(reachable=known.status_code is not None, key_accepted=accepted)
+
+    def _tell(self, *, reachable: bool, key_accepted: bool | None) -> None:
+        """Tell the metrics, of which the latest word of all workers counts."""
+        now = time.monotonic()
+        if (reachable, key_accepted) != self._told or now >= self._tell_at:
+            self._told, self._tell_at = (reachable, key_accepted), now + _TELL_AGAIN
+            metrics().upstream(self._mount, reachable=reachable, key_accepted=key_accepted)
 
     def _ask(self) -> Known:
         settings = self._settings
@@ -124,7 +139,7 @@ class Health:
         latency = (time.monotonic() - started) * 1000
         key = "not checked"
         if settings.adds_key:
-            key = "rejected" if status in (401, 403) else "accepted" if status < 400 else "not checked"
+            key = "rejected" if status in (401, 403) else "accepted" if 200 <= status < 300 else "not checked"
         return Known(status, latency, key, time.time(), time.monotonic(), "probe")
 
 

@@ -391,6 +391,24 @@ def test_each_drained_stream_is_counted_once(scene: Scene) -> None:
         assert scene.drained == len(expected)
 
 
+def test_a_draining_relay_says_so_without_asking_an_upstream_that_hangs() -> None:
+    """An answer that waits for a probe would tell a balancer a second late."""
+    with relay(drain="30", health_ttl="0") as rig:
+        probes = rig.upstream.serve(mute, "/models")
+        waits = [Connection(rig.relay.admin_port) for _ in range(2)]
+        for connection in waits:
+            assert connection.request("GET", "/health/live").finish().ended == "clean"
+        (worker,) = rig.relay.workers()
+        turn(worker)
+        rig.relay.send_signal(signal.SIGTERM)
+        eventually(lambda: request(rig.relay.admin_port, "GET", "/health/ready").status == 503, "not ready")
+        for connection in waits:
+            response = connection.request("GET", "/health")
+            report = json.loads(response.finish().data)
+            assert (response.status, report["status"]) == (503, "draining")
+        assert rig.upstream.seen(probes) == []
+
+
 # --- Idle connections -----------------------------------------------------------------------------------------------
 
 

@@ -211,6 +211,7 @@ def test_any_other_answer_is_an_answer(keyed: Watched, code: int) -> None:
     )
     answered, report = keyed.ask()
     assert (answered, report["status"], report["upstream"]["status_code"]) == (200, "ok", code)
+    assert report["upstream"]["key"] == ("accepted" if code == 204 else "not checked")
     assert keyed.upstream.seen("/elsewhere") == []
 
 

@@ -28,8 +28,9 @@ def ticket(mount: Mount) -> Response:
 
 def health(mount: Mount) -> Response:
     """The report for people and probes: 503 when the upstream is down or the relay is about to stop."""
-    known = mount.health.known()
-    status = "draining" if drain.draining else known.status
+    draining = drain.draining
+    known = mount.health.known(ask=not draining)  # a balancer must see a drain at once, whatever the upstream does
+    status = "draining" if draining else known.status
     response = answers.as_json(
         {
             "status": status,
