@@ -101,6 +101,12 @@ def check_key() -> None:
     took = (time.monotonic() - started) * 1000
     if status in (401, 403):
         _fail(f"{host} refuses the upstream key: it answered {status} to {asked}.", _REJECTED)
+    if 300 <= status < 400:
+        _fail(
+            f"{host} answered {status} to {asked}, a redirect, which says nothing of the key and is not followed. "
+            "Set RELAY_UPSTREAM_URL to the address that it leads to.",
+            _UNDECIDED,
+        )
     if status >= 400:
         _fail(
             f"{host} answered {status} to {asked}, which says nothing of the key. RELAY_HEALTH_PATH can name "

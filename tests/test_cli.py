@@ -240,6 +240,17 @@ def test_an_answer_that_says_nothing_of_the_key(tmp_path: Path, upstream: Upstre
     assert "RELAY_HEALTH_PATH" in done.stderr
 
 
+@pytest.mark.parametrize("status", [301, 302, 307])
+def test_a_redirect_says_nothing_of_the_key(tmp_path: Path, upstream: Upstream, status: int) -> None:
+    """As from http to https, or to a login: nobody has looked at the key."""
+    upstream.serve(lambda ex: ex.reply(b"", status, headers=[("Location", "/elsewhere")]), "/models")
+    done = check(tmp_path, upstream)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert f"answered {status} to GET models, a redirect" in done.stderr
+    assert "RELAY_UPSTREAM_URL" in done.stderr
+    assert upstream.seen("/elsewhere") == []
+
+
 def test_no_upstream_and_no_key(tmp_path: Path, upstream: Upstream) -> None:
     for settings, missing in (
         ({}, "RELAY_UPSTREAM_URL is not set"),
