@@ -99,10 +99,10 @@ def refused(error: RelayError, request_id: str, method: str, client: str, route:
 
 
 def ended(record: Record) -> None:
-    """The line of a request that has ended."""
+    """The line of a request that has ended, or that has found no slot."""
     _emit(
         {
-            "event": "request",
+            "event": "refused" if record.status and not record.admitted else "request",
             "request_id": record.request_id,
             "client": record.client,
             "method": record.method,

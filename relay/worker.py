@@ -21,8 +21,9 @@ from gunicorn.http import errors as http_errors
 from gunicorn.http import message as http_message
 from gunicorn.workers.ggevent import GeventWorker
 
-from relay import errors, listing
+from relay import errors, listing, log
 from relay.drain import drain
+from relay.metrics import metrics
 from relay.waiting.client import break_off, gone
 
 #: Seconds between two looks at idle connections while the worker drains.
@@ -156,17 +157,20 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
         """Answer a request that gunicorn cannot parse as the relay answers everything: with its JSON."""
+        request_id = os.urandom(16).hex()
         for refusal in _REFUSALS:
             kind, status, reason, message = refusal
             if isinstance(exc, kind):
-                self.log.warning("Refused a request of %s: %s", (addr or ("a unix socket",))[0], message)
                 break
         else:
-            status, reason, message = 500, "Internal Server Error", "the relay failed; its log says why"
-            self.log.error("A request failed in the server", exc_info=exc)
-        request_id = os.urandom(16).hex()
-        kind_of_error = errors.BadRequest if status < 500 else errors.RelayError
-        body = kind_of_error(message).json(request_id).encode()
+            status, reason = 500, "Internal Server Error"
+            message = "the relay failed; its log says why under this request id"
+            self.log.error("Request %s failed in the server", request_id, exc_info=exc)
+        error = errors.BadRequest(message) if status < 500 else errors.RelayError(message)
+        error.status = status
+        metrics().refused(error.code)
+        log.refused(error, request_id, "", str((addr or ("unix",))[0]), "")
+        body = error.json(request_id).encode()
         head = (
             f"HTTP/1.1 {status} {reason}\r\nConnection: close\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\nX-Request-ID: {request_id}\r\n\r\n"

@@ -525,7 +525,8 @@ def read_log(text: str, figures: Figures) -> Log:
     log = Log()
     for row in text.splitlines():
         line = json.loads(row) if row.startswith("{") else {}
-        if line.get("event") != "request" or line.get("reason") not in KNOWN_REASONS:
+        event = "refused" if line.get("reason") == "full" else "request"
+        if line.get("event") != event or line.get("reason") not in KNOWN_REASONS:
             if line or not GUNICORN.match(row):
                 figures.fault(f"an unknown line in the log: {row[:300]}")
             continue

@@ -15,6 +15,7 @@ from relay.record import Record
 def a_record() -> Record:
     record = Record("the-id", "POST", "relay.relay", "127.0.0.1", "127.0.0.1", "relay")
     record.status, record.reason, record.first_byte, record.seconds, record.bytes = 200, "done", 0.25, 1.5, 1000
+    record.admitted = True
     return record
 
 

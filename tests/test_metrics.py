@@ -1,0 +1,166 @@
+"""What the metrics say: the upstream's state by the latest word of any worker, tokens, refusals; and to whom."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from typing import TYPE_CHECKING
+
+import pytest
+from harness import eventually, servers
+from harness.client import Connection, request
+from harness.upstream import Upstream
+
+from relay import log
+from relay.app import create_app
+from relay.health import Health, Known
+from relay.metrics import metrics
+from relay.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from harness.servers import Gunicorn
+
+EVENTS = [("Content-Type", "text/event-stream")]
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[Upstream]:
+    with Upstream() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def relay(upstream: Upstream) -> Iterator[Gunicorn]:
+    settings = {"RELAY_UPSTREAM_KEY": "sk-own", "RELAY_ALLOW": "*", "RELAY_MAX_STREAMS": "1", "WEB_CONCURRENCY": "1"}
+    with servers.gunicorn({"RELAY_UPSTREAM_URL": upstream.base_url, **settings}) as running:
+        yield running
+
+
+def exposed(relay: Gunicorn) -> dict[str, float]:
+    text = request(relay.admin_port, "GET", "/metrics").finish().data.decode()
+    return {name: float(value) for name, value in re.findall(r"^(relay_\S+) (\S+)$", text, re.MULTILINE)}
+
+
+def is_now(relay: Gunicorn, name: str, value: float) -> None:
+    eventually(lambda: exposed(relay).get(name) == value, f"{name} {value}")
+
+
+def test_the_upstream_is_reachable_until_a_request_finds_nobody_there(relay: Gunicorn, upstream: Upstream) -> None:
+    """Without anybody having to ask for the health."""
+    answers, hangs_up = upstream.serve(lambda ex: ex.reply(b"{}")), upstream.serve(lambda ex: ex.abort())
+    assert request(relay.port, "GET", "/v1" + answers).finish().data == b"{}"
+    is_now(relay, 'relay_upstream_reachable{mount="relay"}', 1)
+    is_now(relay, 'relay_upstream_key_accepted{mount="relay"}', 1)
+    assert request(relay.port, "GET", "/v1" + hangs_up).status == 502
+    is_now(relay, 'relay_upstream_reachable{mount="relay"}', 0)
+    assert exposed(relay)['relay_upstream_key_accepted{mount="relay"}'] == 1, "it says nothing of the key"
+    assert request(relay.port, "GET", "/v1" + answers).finish().data == b"{}"
+    is_now(relay, 'relay_upstream_reachable{mount="relay"}', 1)
+
+
+def test_what_has_not_changed_is_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another worker may have said otherwise meanwhile, and of all workers' words the latest counts."""
+    told: list[bool] = []
+    monkeypatch.setattr(metrics(), "upstream", lambda _mount, reachable, **_: told.append(reachable))
+    clock = [1000.0]
+    monkeypatch.setattr("relay.health.time.monotonic", lambda: clock[0])
+
+    def nobody() -> object:
+        raise AssertionError("nobody is asked")
+
+    health = Health("relay", Settings.from_mapping({"RELAY_UPSTREAM_URL": "http://127.0.0.1:1"}), nobody)  # type: ignore[arg-type]
+    for clock[0] in (1000.0, 1000.1, 1000.9, 1001.5, 1001.6):
+        health.answered(200, 0.1)
+    assert told == [True, True], "at most once a second"
+    health.failed("upstream_error")
+    health.answered(200, 0.1)
+    assert told == [True, True, False, True]
+    assert isinstance(health.known(ask=False), Known)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        pytest.param("/chat/completions", b'{"usage": {"prompt_tokens": 7, "completion_tokens": 2}}', id="openai-chat"),
+        pytest.param(
+            "/responses",
+            b'{"type": "response.completed", "response": {"usage": {"input_tokens": 7, "output_tokens": 2}}}',
+            id="openai-responses",
+        ),
+        pytest.param(
+            "/messages",
+            b'{"type": "message_start", "message": {"usage": {"input_tokens": 7, "output_tokens": 1}}}\n\n'
+            b'data: {"type": "message_delta", "usage": {"output_tokens": 2}}',
+            id="anthropic",
+        ),
+    ],
+)
+def test_tokens_are_counted_by_kind_for_each_api(relay: Gunicorn, upstream: Upstream, path: str, body: bytes) -> None:
+    kinds = {kind: f'relay_tokens_total{{kind="{kind}",mount="relay"}}' for kind in ("input", "output")}
+    before = exposed(relay)
+    path = upstream.serve(lambda ex: ex.reply(b"data: " + body + b"\n\n", headers=EVENTS), path)
+    request(relay.port, "POST", "/v1" + path, body=b"{}").finish()
+    is_now(relay, kinds["input"], before.get(kinds["input"], 0) + 7)
+    is_now(relay, kinds["output"], before.get(kinds["output"], 0) + 2)
+
+
+def test_a_request_that_finds_no_slot_is_refused_in_metric_and_log_alike(relay: Gunicorn, upstream: Upstream) -> None:
+    path = upstream.by_hand()
+    with Connection(relay.port) as connection:
+        connection.send("GET", "/v1" + path)
+        ex = upstream.next(path)
+        answer = request(relay.port, "GET", "/v1" + path, [("X-Request-ID", "no-slot")])
+        assert (answer.status, json.loads(answer.finish().data)["error"]["code"]) == (503, "full")
+        relay.wait_log("no-slot")
+        (line,) = (json.loads(line) for line in relay.log().splitlines() if "no-slot" in line)
+        assert (line["event"], line["status"], line["reason"]) == ("refused", 503, "full")
+        is_now(relay, 'relay_refused_total{reason="full"}', 1)
+        ex.reply(b"{}")
+        connection.read_head().finish()
+
+
+def test_a_request_that_is_not_http_is_counted_and_its_id_is_in_the_log(relay: Gunicorn) -> None:
+    before = exposed(relay).get('relay_refused_total{reason="bad_request"}', 0)
+    with Connection(relay.port) as connection:
+        connection.raw(b"GET /v1/a-secret HTTP/9\r\nHost: localhost\r\n\r\n")
+        answer = connection.read_head()
+        assert answer.status == 400
+        error = json.loads(answer.finish().data)["error"]
+    relay.wait_log(error["request_id"])
+    (line,) = (json.loads(line) for line in relay.log().splitlines() if error["request_id"] in line)
+    assert (line["event"], line["client"], line["status"]) == ("refused", "127.0.0.1", 400)
+    assert line["reason"] == "bad_request"
+    assert "a-secret" not in relay.log()
+    is_now(relay, 'relay_refused_total{reason="bad_request"}', before + 1)
+
+
+def test_metrics_have_a_request_id_as_every_response_does(relay: Gunicorn) -> None:
+    answer = request(relay.admin_port, "GET", "/metrics", [("X-Request-ID", "mine")])
+    assert answer.header("X-Request-ID") == b"mine"
+    answer.finish()
+
+
+@pytest.mark.parametrize(
+    ("bind", "admin"),
+    [
+        pytest.param("127.0.0.2", "127.0.0.1", id="two-addresses"),
+        pytest.param("127.0.0.2", "localhost", id="the-admin-address-by-name"),
+        pytest.param("relay.example.com", "127.0.0.1", id="the-services-by-name"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/metrics", "/streams"])
+def test_of_two_addresses_with_one_port_only_one_has_them(
+    monkeypatch: pytest.MonkeyPatch, bind: str, admin: str, path: str
+) -> None:
+    monkeypatch.setattr(log, "_emit", log._emit)  # the app's goes to standard output
+    with socket.create_server(("127.0.0.1", 0)) as for_admin:
+        port = for_admin.getsockname()[1]
+        with socket.create_server(("127.0.0.2", port)) as for_all:
+            settings = {"RELAY_UPSTREAM_URL": "http://127.0.0.1:1", "RELAY_ALLOW_ANONYMOUS": "on"}
+            binds = {"RELAY_BIND": f"{bind}:{port}", "RELAY_ADMIN_BIND": f"{admin}:{port}"}
+            client = create_app({**settings, **binds}).test_client()
+            for sock, status in ((for_all, 404), (for_admin, 200)):
+                assert client.get(path, environ_overrides={"gunicorn.socket": sock}).status_code == status
