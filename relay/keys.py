@@ -46,7 +46,7 @@ class ClientKeys:
         try:
             name = self._tickets.loads(tickets[0].partition("=")[2], max_age=TICKET_SECONDS)
         except BadData:
-            raise errors.Unauthorized("the ticket is not good, or no longer; POST /ticket gives another") from None
+            raise _unauthorized("the ticket is not good, or no longer; POST /ticket gives another") from None
         return str(name), "&".join(part for part in parts if part not in tickets) or None
 
     def check(self, environ: Mapping[str, Any]) -> str | None:
@@ -65,9 +65,15 @@ class ClientKeys:
                 known |= hmac.compare_digest(given, digest)
             if known:
                 return f"key:{given.hex()[:12]}"
-        raise errors.Unauthorized(
+        raise _unauthorized(
             "a client key is needed, in `Authorization: Bearer`, `x-api-key` or `api-key`, and none that is known came"
         )
+
+
+def _unauthorized(message: str) -> errors.Unauthorized:
+    error = errors.Unauthorized(message)
+    error.fields = [("WWW-Authenticate", "Bearer")]  # a 401 must name a scheme (RFC 9110 section 15.5.2)
+    return error
 
 
 def _candidates(environ: Mapping[str, Any]) -> list[str]:

@@ -73,7 +73,7 @@ def test_anything_else_is_401_and_reaches_nobody(
     upstream, relay = keyed
     path = upstream.serve(lambda ex: ex.reply(b"ok"))
     response = request(relay.port, "POST", "/v1" + path, headers, b"{}")
-    assert response.status == 401
+    assert (response.status, response.header("WWW-Authenticate")) == (401, b"Bearer")
     assert json.loads(response.finish().data)["error"]["code"] == "invalid_api_key"
     assert upstream.seen(path) == []
 
