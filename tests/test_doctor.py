@@ -274,6 +274,21 @@ def test_the_services_own_mount_is_tried_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("mount", "asked"),
+    [pytest.param("/", "", id="at-the-root"), pytest.param("/v1", "/v1/models", id="a-call")],
+)
+def test_without_a_key_the_mount_is_not_taken_for_what_is_relayed_below_it(
+    tmp_path: Path, mount: str, asked: str
+) -> None:
+    """What is relayed answers 401 there, whatever its path."""
+    with servers.gunicorn({"RELAY_MOUNT": mount, "RELAY_CLIENT_KEYS": KEY}) as relay:
+        done = doctor(relay.base_url + asked, tmp_path, "--json", "--quick")
+    assert names(done) == ["key_needed"]
+    report = json.loads(done.stdout)
+    assert (report["url"], report["health"]["status"]) == (relay.base_url + mount.rstrip("/"), "ok")
+
+
+@pytest.mark.parametrize(
     "url",
     [
         "relay.example.com",

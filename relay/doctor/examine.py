@@ -120,16 +120,20 @@ def _find(target: Target, wishes: Wishes) -> Target:
     else:
         paths = list(dict.fromkeys([*([] if wishes.mount is None else [wishes.mount]), *_MOUNTS]))
     answers = []
+    guarded = None
     for path in paths:
         here = target.at(path)
         answer = probe.get(here, "/_relay/health/live", wishes.headers, patience=_PATIENCE)
         report = _json(answer)
         error = report.get("error")
         said, code = (error.get("message", ""), error.get("code")) if isinstance(error, dict) else ("", None)
-        # With a mount at the root the path is relayed, and not among those that may be.
-        guarded = answer.status in (401, 403) and code != "path_not_allowed"
-        if report.get("status") == "ok" or guarded:
+        if report.get("status") == "ok":
             return here
+        # Nobody is let in here. It may be the mount, or what a mount further up relays: that is asked for first.
+        if answer.status in (401, 403) and code != "path_not_allowed":
+            guarded = guarded or here
+        if guarded is not None:
+            continue
         answers.append(f"{answer.status} at {path or '/'}")
         if 300 <= answer.status < 400 and answer.header("location"):
             raise Unreachable(f"{here.url} redirects to {_cleaned(answer.header('location'))}; ask there")
@@ -139,6 +143,8 @@ def _find(target: Target, wishes: Wishes) -> Target:
                 + (f" ({said.rstrip('.')})" if said else "")
                 + ". Is the service up, and at the address that the proxy has?"
             )
+    if guarded is not None:
+        return guarded
     raise Unreachable(
         f"{target.authority} answers, but there is no relay ({', '.join(answers)}); give the URL with the relay's "
         "mount, such as https://relay.example.com/v1"
