@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 #: Seconds that a caller waits for a probe under way before it gets the last known state.
 _PATIENCE = 1.0
+#: Seconds that a probe has beyond RELAY_HEALTH_TIMEOUT, to say by itself what it waited for.
+_SPARE = 0.1
 #: Seconds after which the metrics are told again of what has not changed: what another worker has told them since would
 #: stand otherwise.
 _TELL_AGAIN = 1.0
@@ -67,6 +69,7 @@ class Health:
         self._known: Known | None = None
         self._lock = threading.Lock()
         self._probing: threading.Event | None = None
+        self._answer_by = 0.0  # when the probe under way has had its time
         self._told: tuple[bool, bool | None] | None = None
         self._tell_at = 0.0
 
@@ -82,12 +85,18 @@ class Health:
             return known
         if not ask:
             return known or _failed("the upstream has not been asked yet")
+        timeout = self._settings.health_timeout
         with self._lock:
             probing = self._probing
             if probing is None:
                 probing = self._probing = threading.Event()
+                self._answer_by = time.monotonic() + timeout + _SPARE
                 threading.Thread(target=self._probe, args=(probing,), name="relay-probe", daemon=True).start()
-        probing.wait(min(_PATIENCE, self._settings.health_timeout + 0.1))
+        probing.wait(min(_PATIENCE, timeout + _SPARE))
+        with self._lock:
+            # Whatever it hangs in, such as a look-up of the name or a handshake, whose steps have clocks of their own.
+            if self._probing is probing and time.monotonic() >= self._answer_by:
+                self._learn(_failed(f"the upstream did not answer within {timeout:g} s"))
         return self._known or _failed("the upstream has not answered the first probe yet")
 
     def answered(self, status: int, seconds: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import socket
 import threading
 import time
 from datetime import datetime, timedelta, timezone
@@ -15,9 +16,11 @@ from harness import DEADLINE, REPO, eventually, servers
 from harness.client import Client, Connection
 from harness.servers import free_port
 from harness.upstream import Upstream
+from test_upstream_connections import Authority
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from conftest import Service
     from harness.upstream import Exchange, Handler
@@ -367,6 +370,48 @@ def test_a_head_that_trickles_in_counts_as_hanging(keyed: Watched) -> None:
 
     keyed.answers(trickle)
     eventually(lambda: keyed.ask()[0] == 503, "a health that is down", 5)
+
+
+def test_a_tls_handshake_that_trickles_in_counts_as_hanging(tmp_path: Path) -> None:
+    """Here no single step of the probe takes too long, as with several addresses or a name that takes its time."""
+    authority = Authority(tmp_path)
+    context = authority.issue("upstream", "IP:127.0.0.1")
+    over = threading.Event()
+
+    def serve(listener: socket.socket) -> None:
+        plain, _ = listener.accept()
+        with context.wrap_socket(plain, server_side=True) as sock:
+            sock.recv(65536)
+            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
+        with contextlib.suppress(OSError):
+            plain, _ = listener.accept()
+            with plain:
+                plain.sendall(b"\x16\x03\x03\x3f\xff")  # a record of 16 KiB
+                while not over.wait(0.05):
+                    plain.sendall(b"x")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        settings = {
+            **ALWAYS_FRESH,
+            "RELAY_UPSTREAM_URL": f"https://127.0.0.1:{listener.getsockname()[1]}/v1",
+            "RELAY_UPSTREAM_CA": str(authority.certificate),
+        }
+        server = threading.Thread(target=serve, args=(listener,))
+        server.start()
+        try:
+            with servers.gunicorn(settings) as relay, Client(relay.port) as client:
+                assert json.loads(client.request("GET", "/health").finish().data)["status"] == "ok"
+
+                def down() -> bool:
+                    response = client.request("GET", "/health")
+                    report = json.loads(response.finish().data)
+                    return response.status == 503 and "within 1.5 s" in report["upstream"]["error"]
+
+                eventually(down, "a health that is down", 8)
+        finally:
+            over.set()
+            listener.shutdown(socket.SHUT_RDWR)
+            server.join(10)
 
 
 def test_a_body_that_never_ends_does_not_hold_the_report(keyed: Watched) -> None:
