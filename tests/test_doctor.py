@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -202,6 +203,17 @@ def test_it_says_what_it_is_doing_while_one_waits(
 
 
 # --- The command
+
+
+def test_ctrl_c_ends_it_at_once_and_is_no_finding(relay: Gunicorn, tmp_path: Path) -> None:
+    """Though it waits in a silence of 100 s."""
+    process = start(relay.base_url, tmp_path, "--silence", RELAY_CLIENT_KEY=KEY)
+    assert process.stderr is not None
+    while "100 s of silence" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    done = end(process)
+    assert (done.returncode, done.stdout) == (130, "")
 
 
 def test_without_json_it_is_text_for_people(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from relay.settings import Settings
 
 _NOTHING_FOUND, _FOUND, _NOT_REACHED = range(3)
+_INTERRUPTED = 130  # as shells have it for a program that SIGINT has ended
 #: Time-outs that proxies are shipped with.
 _USUAL_SILENCES = (30, 60, 100)
 _KEY = "RELAY_CLIENT_KEY"
@@ -47,6 +48,7 @@ def doctor(
     folder of the service it checks the settings, too.
 
     Exit status 0: nothing was found. 1: there are findings. 2: no relay was reached, or the command is wrong.
+    130: Ctrl-C.
     """
     from relay.doctor.examine import Wishes, examine
     from relay.doctor.findings import findings
@@ -69,6 +71,8 @@ def doctor(
         found = examine(target, wishes, _progress())
     except Unreachable as error:
         _not_reached(target.url, str(error), faults, as_json=as_json)
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
     found.seen.settings_faults = faults
     every = findings(found.seen)
     if as_json:

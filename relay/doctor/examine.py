@@ -11,9 +11,9 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from relay.doctor import probe
 from relay.doctor.observations import Observations, Refusal
@@ -34,6 +34,7 @@ _MOUNTS = ("/v1", "")
 _BUSY = 3  # times that a relay which says "too many" is asked again
 
 Progress = Callable[[str], None]
+_Result = TypeVar("_Result")
 
 
 @dataclass(slots=True)
@@ -76,9 +77,9 @@ def examine(target: Target, wishes: Wishes, progress: Progress) -> Examination:
     silences = [] if wishes.quick else _silences(first, wishes, found.notes)
     longest = max(silences, default=0.0)
     progress("measuring how events arrive" + (f", and {longest:g} s of silence" if longest else ""))
-    with ThreadPoolExecutor(1 + len(silences)) as pool, _Clock(longest, progress):
-        waiting = [(seconds, pool.submit(_silence, found.target, wishes, seconds)) for seconds in silences]
-        sized = pool.submit(_ticks, found.target, wishes, _once(f"{_PACE}&framing=length"), _PATIENCE)
+    with _Clock(longest, progress):
+        waiting = [(seconds, _beside(_silence, found.target, wishes, seconds)) for seconds in silences]
+        sized = _beside(_ticks, found.target, wishes, _once(f"{_PACE}&framing=length"), _PATIENCE)
         _measure(found, wishes)
         seen.sized = sized.result()
         for seconds, future in waiting:
@@ -88,6 +89,20 @@ def examine(target: Target, wishes: Wishes, progress: Progress) -> Examination:
             else:
                 found.notes.append(f"{seconds:g} s of silence could not be tried: {_what_instead(timeline)}.")
     return found
+
+
+def _beside(function: Callable[..., _Result], *arguments: object) -> Future[_Result]:
+    """Call it in a thread of its own, for which Ctrl-C does not wait as it would for an executor's."""
+    future: Future[_Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:  # noqa: BLE001 - raised where the result is wanted
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 class _Clock:

@@ -154,7 +154,7 @@ def _connect(target: Target, protocols: list[str]) -> socket.socket:
         ) from None
     except OSError as error:
         sock.close()
-        raise Unreachable(f"{target.authority} does not speak TLS: {_why(error)}") from None
+        raise Unreachable(f"{target.authority} does not speak TLS: {_why(error)}; is it http://?") from None
 
 
 def _why(error: OSError) -> str:
