@@ -350,9 +350,15 @@ def test_a_mounted_relay_with_a_login_on_plain_threads(tmp_path: Path, upstream:
     (tmp_path / "elsewhere").mkdir()
     with servers.gunicorn(env, "shop:app", None, ["-k", "gthread", "--threads", "8"], ready=None) as shop:
         url = f"http://127.0.0.1:{shop.port}/ai"
-        done = doctor(url, tmp_path / "elsewhere", "--json", "--header", f"X-Login: {KEY}")
+        done = doctor(f"{url}/chat/completions", tmp_path / "elsewhere", "--json", "--header", f"X-Login: {KEY}")
         assert (done.returncode, names(done)) == (0, []), done.stdout
-        assert names(doctor(url, tmp_path / "elsewhere", "--json", "--quick")) == ["key_needed"]
+        for key, finding in (((), "key_needed"), (("--key", "no"), "key_refused")):
+            done = doctor(url, tmp_path / "elsewhere", "--json", "--quick", *key)
+            (one,) = json.loads(done.stdout)["findings"]
+            assert one["name"] == finding
+            assert "not the relay" in one["explanation"]
+            assert "--header" in one["cure"]
+            assert not any("was found" in note for note in json.loads(done.stdout)["notes"])
 
 
 # --- Ticks

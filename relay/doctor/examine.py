@@ -67,9 +67,9 @@ def examine(target: Target, wishes: Wishes, progress: Progress) -> Examination:
     seen = found.seen
     if target.scheme == "https":
         seen.http2 = probe.offers_http2(target)
-    if found.target.path != target.path:
-        found.notes.append(f"The relay was found at {found.target.url}.")
     _ask_health(found, wishes)
+    if seen.health is not None and found.target.path != target.path:
+        found.notes.append(f"The relay was found at {found.target.url}.")
     first = _ticks(found.target, wishes, _once("n=1"), _PATIENCE)
     if not first.is_of_the_relay:
         seen.refusal = _refusal(first.answer, wishes)

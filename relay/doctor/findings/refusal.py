@@ -26,7 +26,19 @@ def refused(seen: Observations) -> list[Finding]:
     if refusal is None:
         return []
     said = f": {refusal.message.rstrip('.')}" if refusal.message else ""
-    if refusal.status == 401 and refusal.code in ("invalid_api_key", ""):
+    if refusal.status == 401 and not refusal.code:
+        # Which of the two it wants cannot be seen.
+        return [
+            Finding(
+                "key_refused" if refusal.with_key else "key_needed",
+                "Something that is not the relay wants to know who asks"
+                + (", and the client key does not tell it" if refusal.with_key else "")
+                + f" (401{said}){hops.given_away(refusal.headers)}.",
+                "Give what a login in front, or your app's own, wants with --header, such as "
+                "`--header 'Cookie: session=…'`; a client key goes into --key or RELAY_CLIENT_KEY.",
+            )
+        ]
+    if refusal.status == 401 and refusal.code == "invalid_api_key":
         if refusal.with_key:
             return [
                 Finding(
