@@ -99,12 +99,16 @@ class Health:
                 self._learn(_failed(f"the upstream did not answer within {timeout:g} s"))
         return self._known or _failed("the upstream has not answered the first probe yet")
 
-    def answered(self, status: int, seconds: float) -> None:
-        """A relayed request was answered with this status after so many seconds: better evidence than any probe."""
+    def answered(self, status: int, seconds: float, *, own_key: bool = True) -> None:
+        """A relayed request was answered with this status after so many seconds: better evidence than any probe.
+
+        `own_key` False: not the relay's key went along, but one of the shop's hook, of which nothing is said here.
+        """
         before = self._known
-        if status == 401 and self._settings.adds_key:
+        own_key = own_key and self._settings.adds_key
+        if status == 401 and own_key:
             key = "rejected"
-        elif 200 <= status < 300 and self._settings.adds_key:
+        elif 200 <= status < 300 and own_key:
             key = "accepted"
         else:  # other refusals may be of the path or the model, and a redirect looks at no key
             key = before.key if before is not None else "not checked"

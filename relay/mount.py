@@ -112,9 +112,9 @@ class Mount:
 
     # What becomes of a stream (relay.stream.Watch).
 
-    def answered(self, status: int, seconds: float) -> None:
+    def answered(self, status: int, record: Record) -> None:
         """The upstream has answered with this status: the best evidence of it that there is."""
-        self.health.answered(status, seconds)
+        self.health.answered(status, record.first_byte or 0.0, own_key=record.own_key)
 
     def ended(self, record: Record) -> None:
         """A stream has ended, or a request for one was refused: count it, log it, tell the shop."""

@@ -43,8 +43,8 @@ class ClientGone(Exception):
 class Watch(Protocol):
     """Who is told of what becomes of a stream."""
 
-    def answered(self, status: int, seconds: float) -> None:
-        """The upstream has answered with this status, so many seconds after the request."""
+    def answered(self, status: int, record: Record) -> None:
+        """The upstream has answered with this status; when, says the record's `first_byte`."""
 
     def ended(self, record: Record) -> None:
         """The stream has ended, or was refused."""
@@ -229,7 +229,7 @@ class Stream:
         record = self.record
         record.first_byte = now - self._began
         record.upstream_request_id = head.fields.get("x-request-id") or head.fields.get("request-id") or ""
-        self._watch.answered(head.status, record.first_byte)
+        self._watch.answered(head.status, record)
         content_type = head.fields.get("content-type", "")
         plain = head.fields.get("content-encoding", "identity").strip().lower() == "identity"
         plain_events = plain and sse.is_event_stream(content_type)

@@ -12,11 +12,14 @@ from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from flask import Flask
 from harness import DEADLINE, REPO, eventually, servers
 from harness.client import Client, Connection
 from harness.servers import free_port
 from harness.upstream import Upstream
 from test_upstream_connections import Authority
+
+from relay import Relay
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -226,6 +229,21 @@ def test_without_a_key_of_the_relays_none_is_judged(mounted: Watched, code: int)
     assert (answered, report["upstream"]["key"]) == (200, "not checked")
     assert report["status"] == ("degraded" if code == 500 else "ok")
     assert report["upstream"]["status_code"] == code
+
+
+@pytest.mark.parametrize("hook", ["Authorization", "x-api-key", "X-Tenant"])
+def test_a_tenants_key_that_is_refused_is_not_the_relays(upstream: Upstream, hook: str) -> None:
+    """One that the shop's hook has set in its place; another header leaves the relay's key where it is."""
+    app = Flask("shop")
+    settings = {"RELAY_UPSTREAM_URL": upstream.base_url, "RELAY_ALLOW": "*", **KEY}
+    Relay(app, url_prefix="/ai", settings=settings, request_headers=lambda: {hook: "of-a-tenant"})
+    path = upstream.serve(status(401))
+    client = app.test_client()
+    assert client.get("/ai" + path).status_code == 401
+    report = client.get("/ai/_relay/health").json
+    key = "rejected" if hook == "X-Tenant" else "not checked"
+    assert report["upstream"]["source"] == "traffic"
+    assert (report["upstream"]["key"], report["upstream"]["status_code"]) == (key, 401)
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ class Life:
     handled: int = 0  # of them
     over: threading.Event = field(default_factory=threading.Event)
 
-    def answered(self, status: int, seconds: float) -> None:
+    def answered(self, status: int, record: Record) -> None:
         """What the stream tells when the upstream has answered."""
 
     def ended(self, record: Any) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from flask import Response, g, request
 
 from relay import access, errors
+from relay.headers import CREDENTIALS
 from relay.paths import allows
 from relay.record import Record
 from relay.stream import Stream
@@ -64,6 +65,8 @@ class Call:
     def overrides(self, record: Record) -> dict[str, str]:
         """The headers that the shop's hook sets upstream, and the request's id; the record learns the tenant."""
         overrides = self.mount.call_hook()
+        if overrides:
+            record.own_key = CREDENTIALS.isdisjoint(map(str.lower, overrides))
         overrides["X-Request-ID"] = self.request_id
         if self.mount.wants_model and (tenant := g.get("relay_tenant")) is not None:
             record.tenant = str(tenant)
