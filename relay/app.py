@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -73,7 +74,7 @@ def _bound(view: Any, mount: Mount) -> Any:
 def _metrics(settings: Settings) -> Response:
     """All workers' metrics, on the admin address only: they tell who uses how much."""
     if not _on_admin_address(settings):
-        raise errors.NotFound("there is nothing at this path; metrics are on RELAY_ADMIN_BIND")
+        raise errors.NotFound("nothing is at this path; metrics are on RELAY_ADMIN_BIND")
     response = Response(metrics().expose(), content_type=CONTENT_TYPE)
     response.headers["X-Request-ID"] = answers.request_id()
     return response
@@ -82,7 +83,7 @@ def _metrics(settings: Settings) -> Response:
 def _streams(settings: Settings) -> Response:
     """The open streams of all workers, on the admin address only."""
     if not _on_admin_address(settings):
-        raise errors.NotFound("there is nothing at this path; the list of streams is on RELAY_ADMIN_BIND")
+        raise errors.NotFound("nothing is at this path; the list of streams is on RELAY_ADMIN_BIND")
     streams, silent = listing.everywhere()
     response = answers.as_json(streams)
     if silent:
@@ -104,10 +105,15 @@ def _on_admin_address(settings: Settings) -> bool:
     sock = request.environ.get("gunicorn.socket")
     if settings.admin_bind is None or sock is None:
         return False
-    here = sock.getsockname()
+    return _is_admin(sock.getsockname(), settings.bind, settings.admin_bind)
+
+
+@functools.lru_cache(maxsize=64)
+def _is_admin(here: tuple[Any, ...] | str, bind: str, admin_bind: str) -> bool:
+    """Whether a socket of this name is that of the admin address. Asked for each request, with few different names."""
     if not isinstance(here, tuple):
-        return settings.admin_bind == f"unix:{here}"
-    service, admin = split_bind(settings.bind), split_bind(settings.admin_bind)
+        return admin_bind == f"unix:{here}"
+    service, admin = split_bind(bind), split_bind(admin_bind)
     if here[1] != admin.port or service.port != admin.port:
         return bool(here[1] == admin.port)
     # One port of two hosts. A name may be any address, so it is told from the other by that one's.
