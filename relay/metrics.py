@@ -106,7 +106,13 @@ class Metrics:
         if record.heartbeats:
             self._child(self._heartbeats, mount).inc(record.heartbeats)
         if record.usage is not None:
-            for kind, tokens in (("input", record.usage.input_tokens), ("output", record.usage.output_tokens)):
+            usage = record.usage
+            for kind, tokens in (
+                ("input", usage.input_tokens),
+                ("output", usage.output_tokens),
+                ("cache_read", usage.cache_read_tokens),
+                ("cache_write", usage.cache_write_tokens),
+            ):
                 if tokens:
                     self._child(self._tokens, mount, kind).inc(tokens)
 

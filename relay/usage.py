@@ -18,17 +18,29 @@ KEPT = 8 * 1024
 _USAGE = re.compile(rb'"usage"\s*:\s*(?=\{)')
 _decode = json.JSONDecoder().raw_decode
 
-#: What the APIs call it, and what it is called here.
-_INPUT = ("input_tokens", "prompt_tokens")
-_OUTPUT = ("output_tokens", "completion_tokens")
+#: What the APIs call it, by what it is called here.
+_NAMES = {
+    "input": ("input_tokens", "prompt_tokens"),
+    "output": ("output_tokens", "completion_tokens"),
+    "cache_read": ("cache_read_input_tokens",),
+    "cache_write": ("cache_creation_input_tokens",),
+}
+#: Where OpenAI's APIs say how many of the input's tokens came out of a cache.
+_DETAILS = ("input_tokens_details", "prompt_tokens_details")
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens as the upstream counted them; None: it did not say."""
+    """Tokens as the upstream counted them; None: it did not say.
+
+    Those of the input that it read from a cache or wrote to one have prices of their own. OpenAI's APIs count them
+    among `input_tokens`, Anthropic's beside them.
+    """
 
     input_tokens: int | None
     output_tokens: int | None
+    cache_read_tokens: int | None = None
+    cache_write_tokens: int | None = None
 
 
 class Excerpt:
@@ -64,7 +76,7 @@ class Excerpt:
                 found.update(_tokens(text[place.end() :]))
         if not found:
             return None
-        return Usage(found.get("input"), found.get("output"))
+        return Usage(*(found.get(kind) for kind in _NAMES))
 
 
 def _tokens(text: bytes) -> dict[str, int]:
@@ -73,10 +85,16 @@ def _tokens(text: bytes) -> dict[str, int]:
         usage, _ = _decode(text.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
         return {}
-    found = {}
-    for kind, names in (("input", _INPUT), ("output", _OUTPUT)):
-        for name in names:
-            count = usage.get(name)
-            if isinstance(count, int) and not isinstance(count, bool) and count >= 0:
-                found[kind] = count
+    found = {
+        kind: count for kind, names in _NAMES.items() for name in names if (count := _count(usage, name)) is not None
+    }
+    for details in _DETAILS:
+        cached = _count(usage.get(details), "cached_tokens")
+        if cached is not None:
+            found["cache_read"] = cached
     return found
+
+
+def _count(usage: object, name: str) -> int | None:
+    count = usage.get(name) if isinstance(usage, dict) else None
+    return count if isinstance(count, int) and not isinstance(count, bool) and count >= 0 else None

@@ -82,29 +82,39 @@ def test_what_has_not_changed_is_told_again(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("path", "body"),
+    ("path", "usage", "counts"),
     [
-        pytest.param("/chat/completions", b'{"usage": {"prompt_tokens": 7, "completion_tokens": 2}}', id="openai-chat"),
+        pytest.param(
+            "/chat/completions",
+            b'{"usage": {"prompt_tokens": 7, "prompt_tokens_details": {"cached_tokens": 3}, "completion_tokens": 2}}',
+            {"input": 7, "output": 2, "cache_read": 3},
+            id="openai-chat",
+        ),
         pytest.param(
             "/responses",
             b'{"type": "response.completed", "response": {"usage": {"input_tokens": 7, "output_tokens": 2}}}',
+            {"input": 7, "output": 2},
             id="openai-responses",
         ),
         pytest.param(
             "/messages",
-            b'{"type": "message_start", "message": {"usage": {"input_tokens": 7, "output_tokens": 1}}}\n\n'
+            b'{"type": "message_start", "message": {"usage": {"input_tokens": 7, "cache_read_input_tokens": 3, '
+            b'"cache_creation_input_tokens": 5, "output_tokens": 1}}}\n\n'
             b'data: {"type": "message_delta", "usage": {"output_tokens": 2}}',
+            {"input": 7, "output": 2, "cache_read": 3, "cache_write": 5},
             id="anthropic",
         ),
     ],
 )
-def test_tokens_are_counted_by_kind_for_each_api(relay: Gunicorn, upstream: Upstream, path: str, body: bytes) -> None:
-    kinds = {kind: f'relay_tokens_total{{kind="{kind}",mount="relay"}}' for kind in ("input", "output")}
+def test_tokens_are_counted_by_kind_for_each_api(
+    relay: Gunicorn, upstream: Upstream, path: str, usage: bytes, counts: dict[str, int]
+) -> None:
     before = exposed(relay)
-    path = upstream.serve(lambda ex: ex.reply(b"data: " + body + b"\n\n", headers=EVENTS), path)
+    path = upstream.serve(lambda ex: ex.reply(b"data: " + usage + b"\n\n", headers=EVENTS), path)
     request(relay.port, "POST", "/v1" + path, body=b"{}").finish()
-    is_now(relay, kinds["input"], before.get(kinds["input"], 0) + 7)
-    is_now(relay, kinds["output"], before.get(kinds["output"], 0) + 2)
+    for kind, count in counts.items():
+        sample = f'relay_tokens_total{{kind="{kind}",mount="relay"}}'
+        is_now(relay, sample, before.get(sample, 0) + count)
 
 
 def test_a_request_that_finds_no_slot_is_refused_in_metric_and_log_alike(relay: Gunicorn, upstream: Upstream) -> None:

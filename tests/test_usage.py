@@ -43,12 +43,43 @@ MESSAGES = [
 ]
 
 
+CACHED_CHAT = [
+    event({"usage": {"prompt_tokens": 70, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 64}}})
+]
+CACHED_RESPONSES = [
+    event(
+        {"response": {"usage": {"input_tokens": 9, "output_tokens": 4, "input_tokens_details": {"cached_tokens": 0}}}}
+    )
+]
+CACHED_MESSAGES = [
+    event(
+        {
+            "message": {
+                "usage": {
+                    "input_tokens": 3,
+                    "cache_creation_input_tokens": 400,
+                    "cache_read_input_tokens": 1000,
+                    "cache_creation": {"ephemeral_5m_input_tokens": 400},
+                    "output_tokens": 1,
+                }
+            }
+        },
+        "message_start",
+    ),
+    event({"usage": {"output_tokens": 15}}, "message_delta"),
+]
+
+
 @pytest.mark.parametrize(
     ("pieces", "expected"),
     [
         pytest.param(CHAT, Usage(7, 2), id="openai-chat"),
         pytest.param(RESPONSES, Usage(30, 4), id="openai-responses"),
         pytest.param(MESSAGES, Usage(25, 15), id="anthropic-messages"),
+        pytest.param(CACHED_CHAT, Usage(70, 2, 64), id="openai-chat-cached"),
+        pytest.param(CACHED_RESPONSES, Usage(9, 4, 0), id="openai-responses-cached"),
+        pytest.param(CACHED_MESSAGES, Usage(3, 15, 1000, 400), id="anthropic-messages-cached"),
+        pytest.param([event({"usage": {"prompt_tokens_details": [7]}})], None, id="details-of-another-kind"),
         pytest.param([b'{"usage": {"prompt_tokens": 1, "completion_tokens": 0}}'], Usage(1, 0), id="json"),
         pytest.param([event({"usage": {"prompt_tokens": 5}})], Usage(5, None), id="half-of-it"),
         pytest.param([b"data: [DONE]\n\n"], None, id="none"),
