@@ -164,7 +164,7 @@ class Exchange:
             elif framing.done:
                 return b""
             elif framing.fault is not None:
-                raise framing.fault
+                raise http1.BadResponse(framing.fault)
             else:
                 raw = self._receive()
             if not raw:

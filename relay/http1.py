@@ -55,8 +55,9 @@ class Framing:
         self.done = done
         #: Bytes followed the end of the body: nothing asked for them, so the connection is of no more use.
         self.excess = False
-        #: What is wrong behind the bytes that `feed` gave last. They are sound; `end` and the next bytes raise this.
-        self.fault: BadResponse | None = None
+        #: What is wrong behind the bytes that `feed` gave last. They are sound; `end` and the next bytes raise it. The
+        #: words and no error: one that is kept and raised holds the frames that it came through, and they hold this.
+        self.fault: str | None = None
 
     def feed(self, data: bytes) -> bytes:
         raise NotImplementedError
@@ -64,7 +65,7 @@ class Framing:
     def end(self) -> None:
         """The connection has ended. Raises Truncated if the body had not."""
         if self.fault is not None:
-            raise self.fault
+            raise BadResponse(self.fault)
         if not self.done:
             raise Truncated
 
@@ -153,7 +154,7 @@ class Chunked(Framing):
     def _feed(self, data: bytes, body: list[bytes]) -> None:
         """Take bytes of any kind and add to `body` what is its."""
         if self.fault is not None:
-            raise self.fault
+            raise BadResponse(self.fault)
         if self._pending:
             data = self._pending + data
             self._pending = b""
@@ -175,7 +176,7 @@ class Chunked(Framing):
                 self._line(data[position:newline])
                 position = newline + 1
         except BadResponse as fault:
-            self.fault, self._state = fault, _BROKEN
+            self.fault, self._state = str(fault), _BROKEN
             if not body:  # what came before the fault goes out first: it is the upstream's, and the client's
                 raise
         else:

@@ -170,9 +170,9 @@ class Stream:
         while True:
             task = self._task
             if task is not None and task.finished:
-                if task.error is not None:
-                    raise task.error
                 self._task = None
+                if (failure := task.failure()) is not None:
+                    raise failure
                 waiter.watch(exchange.sock)
             now = monotonic()
             if now >= drain.at:
@@ -254,7 +254,7 @@ class Stream:
         try:
             data = b"" if exchange.empty else exchange.read()
         except errors.RelayError as error:
-            self._pending = error
+            self._pending = error.detached()
             self._step = Stream._raise_pending
             return b""
         if not data:
@@ -403,8 +403,10 @@ class Stream:
         record.seconds = now - self._began
         if self._tracker is not None:
             record.events = self._tracker.events
-        if self._task is not None and not self._task.finished:
-            self._waiter.abort(self._task)
+        if self._task is not None:
+            self._task.forget()
+            if not self._task.finished:
+                self._waiter.abort(self._task)
         self._waiter.unwatch()
         self._exchange.close()
         if self._lease is not None:

@@ -569,14 +569,9 @@ def _run(machine: Machine, scenario: Scenario) -> None:
     for life in lives:
         for ex in life.exchanges:
             machine.upstream.forget(ex.path)
-    # In the service the collector comes round rarely, so streams must be freed when they end. Only the error of a
-    # broken upstream may keep the frames that it came through for a while.
-    broken = {life.name for life in lives if life.plan.end == "garbage" or life.records[0].reason == "upstream_cut"}
+    # In the service the collector comes round rarely, so streams must be freed when they end.
     lives.clear()
-    eventually(
-        lambda: {stream.record.request_id for stream in machine.alive} <= broken, "freed without the garbage collector"
-    )
-    eventually(lambda: gc.collect() >= 0 and not machine.alive, "the rest freed by it", every=0.05)
+    eventually(lambda: not machine.alive, "freed without the garbage collector")
 
 
 def examine(examples: int, certificates: Path | None = None) -> dict[str, int]:

@@ -27,21 +27,37 @@ READY, GONE, OTHER = Wake.READY, Wake.GONE, Wake.OTHER
 
 
 class Task:
-    """Work that blocks, done beside the stream: `finished`, then `error` or None."""
+    """Work that blocks, done beside the stream: once it is `finished`, `failure` says how it went.
+
+    It keeps no error that nobody asks for, and none that was asked for: an error holds the frames that it came through,
+    and the first of them holds the task.
+    """
 
     def __init__(self, work: Callable[[], None], done: Callable[[], None]) -> None:
         self._work = work
         self._done = done
         self.finished = False
-        self.error: BaseException | None = None
+        self._error: BaseException | None = None
+        self._wanted = True
 
     def __call__(self) -> None:
         try:
             self._work()
         except BaseException as error:  # noqa: BLE001 - whoever waits for the task raises it
-            self.error = error
+            if self._wanted:
+                self._error = error
         self.finished = True
         self._done()
+
+    def failure(self) -> BaseException | None:
+        """What the work has raised, for the first who asks."""
+        error, self._error = self._error, None
+        return error
+
+    def forget(self) -> None:
+        """Nobody will ask."""
+        self._wanted = False
+        self._error = None
 
 
 class Waiter(Protocol):
