@@ -130,6 +130,7 @@ def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 def _http_error(error: HTTPException) -> Response:
     """What Flask refuses itself, in the relay's shape."""
+    error.__traceback__ = error.__context__ = None  # Flask's request keeps it, and its frames the request
     if error.code == 404:
         mount = next(iter(current_app.extensions["relay"].values())).settings.mount
         known: errors.RelayError = errors.NotFound(

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 def error_response(error: errors.RelayError) -> Response:
     """An error of the relay's as its JSON, with the headers that every response of the relay's carries."""
+    # What raised it may still name it, and the frames of its traceback hold all that was read of the request.
+    error.detached()
     known_as = request_id()
     metrics().refused(error.code)
     mounts = current_app.extensions["relay"]
