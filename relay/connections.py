@@ -58,6 +58,7 @@ class _Mixin:
             else:
                 return sock
         names.forget(self._dns_host.strip("[]"), self.port)
+        failure.__traceback__ = None  # it would hold this frame, which holds it
         if isinstance(failure, TimeoutError):
             raise ConnectTimeoutError(self, "no connection in time") from failure
         raise NewConnectionError(cast("Any", self), "no connection") from failure

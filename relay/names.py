@@ -54,7 +54,7 @@ def resolve(host: str, port: int) -> list[AddressInfo]:
             look_up.addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
             look_up.until = time.monotonic() + KEPT
         except OSError as error:
-            look_up.error = error
+            look_up.error = error.with_traceback(None)
             forget(host, port)
         except BaseException:  # the caller was told to give up: whoever waits asks for themselves
             look_up.error = socket.gaierror(socket.EAI_AGAIN, "the look-up was given up")
@@ -65,7 +65,8 @@ def resolve(host: str, port: int) -> list[AddressInfo]:
     else:
         look_up.done.wait()
     if look_up.error is not None:
-        raise look_up.error
+        # Each who waits gets one of their own: in one that all raise, the frames of all would add up.
+        raise type(look_up.error)(*look_up.error.args)
     return look_up.addresses
 
 

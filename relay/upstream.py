@@ -245,7 +245,10 @@ def _tls_context(ca: str | None) -> ssl.SSLContext:
 
 def _translate(error: BaseException, *, connected: bool) -> errors.RelayError:
     """What went wrong, from the nested exceptions of requests and urllib3. No address and no key in the text."""
-    cause = _innermost(error)
+    nest = _nest(error)
+    cause = nest[-1]
+    for each in nest:
+        each.__traceback__ = None  # its frames are urllib3's, which name these errors, and the exchange
     if connected:
         return errors.UpstreamFailed("the upstream hung up before it had the whole request")
     if isinstance(error, (requests.ConnectTimeout, requests.ReadTimeout)):
@@ -264,15 +267,14 @@ def _translate(error: BaseException, *, connected: bool) -> errors.RelayError:
     return errors.UpstreamUnreachable(f"the upstream cannot be reached{detail}")
 
 
-def _innermost(error: BaseException) -> BaseException:
-    """The exception at the bottom of the nest that requests and urllib3 build around it."""
-    seen: set[int] = set()
-    while id(error) not in seen:
-        seen.add(id(error))
+def _nest(error: BaseException) -> list[BaseException]:
+    """The exceptions that requests and urllib3 build around one another, from the outermost to the innermost."""
+    nest = [error]
+    while True:
+        error = nest[-1]
         inner = getattr(error, "reason", None) or error.__cause__ or error.__context__
         if not isinstance(inner, BaseException):
             inner = next((arg for arg in error.args if isinstance(arg, BaseException)), None)
-        if inner is None:
-            break
-        error = inner
-    return error
+        if inner is None or inner in nest:
+            return nest
+        nest.append(inner)
