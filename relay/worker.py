@@ -13,12 +13,14 @@ import os
 import re
 import sys
 import time
+import weakref
 from typing import Any
 
 import gevent
 import gevent.socket
 from gunicorn.http import errors as http_errors
 from gunicorn.http import message as http_message
+from gunicorn.http.body import ChunkedReader
 from gunicorn.workers.ggevent import GeventWorker
 
 from relay import errors, listing, log
@@ -99,6 +101,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
         self._idle.pop(sock, None)
         req.version = min(req.version, (1, 1))  # gunicorn would answer HTTP/1.2 in HTTP/1.2 (RFC 9110 section 2.5)
+        _untie(req)
         super().handle_request(listener_name, req, sock, addr)
         now = time.monotonic()
         if now >= drain.at:
@@ -180,6 +183,13 @@ class Worker(GeventWorker):  # type: ignore[misc]
             client.sendall(head.encode() + body)
         except OSError:
             pass  # the client did not wait for it
+
+
+def _untie(req: Any) -> None:
+    """Let a request with a chunked body be freed without the collector: its body's reader holds it, and it the body."""
+    reader = req.body.reader
+    if isinstance(reader, ChunkedReader):
+        reader.req = weakref.proxy(req)
 
 
 def _count_as(pid: int) -> None:
