@@ -28,7 +28,7 @@ PROCESSES = 4
 #: The files that take longest, which begin first so that no process is left alone with one at the end.
 LONGEST = """
     sdks failures property prompts bytes drain stream_machine js_client page js_cases aware doctor life redis page_form
-    chat_command life_nginx upstream_connections health_http docs deploy js_readme fuzz slowhttptest bench
+    chat_command freed life_nginx upstream_connections health_http docs deploy js_readme fuzz slowhttptest bench
 """.split()
 
 WATCHDOG = 60  # seconds for one test with its fixtures
