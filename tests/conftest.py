@@ -14,6 +14,7 @@ import pytest
 from harness import servers
 from harness.client import Client
 from harness.upstream import Upstream
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -30,6 +31,10 @@ LONGEST = """
     sdks failures property prompts bytes drain stream_machine js_client page js_cases aware doctor life redis page_form
     chat_command freed life_nginx upstream_connections health_http docs deploy js_readme fuzz slowhttptest bench
 """.split()
+
+# How long an example takes is the machine's affair, and the watchdog's.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 WATCHDOG = 60  # seconds for one test with its fixtures
 _GRACE = 30  # more, until the process is ended because not even the alarm got through

@@ -27,7 +27,7 @@ from harness import DEADLINE, REPO, DeadlineExceeded, eventually
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-_START = 20.0  # seconds to start in; a cold start on a busy machine imports for several
+_START = 30.0  # seconds to start in; a cold start on a busy machine imports for several
 _ATTEMPTS = 5
 # Below the range from which the kernel takes outgoing ports, so that no client socket of the
 # tests can take one between our look and the server's bind. Of several test processes each has ports of its own: what
@@ -102,12 +102,15 @@ class Server:
     def _logs(self) -> Iterable[Path]:
         return [self.folder / "stderr", self.folder / "stdout"]
 
-    def _read(self, since: Mapping[Path, int]) -> str:
+    def _read(self, since: Mapping[Path, int], *, unfinished: bool = False) -> str:
         text = ""
         for path in self._logs():
             with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
                 file.seek(since.get(path, 0))
-                text += file.read().decode(errors="replace")
+                written = file.read()
+                if not unfinished and self.running():
+                    written = written[: written.rfind(b"\n") + 1]  # half a line is none yet
+                text += written.decode(errors="replace")
         return text
 
     def _sizes(self) -> dict[Path, int]:
@@ -130,7 +133,7 @@ class Server:
 
     def check(self) -> None:
         """Raise if there is a traceback in what it wrote since the last check."""
-        log, self._checked = self._read(self._checked), self._sizes()
+        log, self._checked = self._read(self._checked, unfinished=True), self._sizes()
         if (at := log.find(_TRACEBACK)) >= 0 and not self.tracebacks_expected:
             raise AssertionError(f"a traceback in the log of {self.name}:\n{log[max(0, at - 500) : at + 6000]}")
 
@@ -283,7 +286,8 @@ def _came_up(server: Server, ready: Callable[[int], bool], start: float) -> bool
         ended = not server.running()  # asked before the log is read, so that the log is whole
         log = server.log()
         if any(text in log for text in _IN_USE):
-            os.killpg(server.pid, signal.SIGKILL)  # it would try again for seconds
+            with contextlib.suppress(ProcessLookupError):  # it has given up by itself
+                os.killpg(server.pid, signal.SIGKILL)  # it would try again for seconds
             return False
         if ended:
             raise StartFailed(

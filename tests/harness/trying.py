@@ -30,14 +30,18 @@ document.addEventListener("DOMContentLoaded", () => {
 """
 
 
+#: Seconds for what a page does: the demo's answer alone takes four.
+_PATIENCE = 2 * DEADLINE
+
+
 class Trying:
-    """A page open at `url`. `asked` are the addresses of all its requests."""
+    """A page open at `url`."""
 
     def __init__(self, page: Page, url: str) -> None:
         self.page = page
         self.url = url
-        self.asked: list[str] = []
-        page.on("request", lambda request: self.asked.append(request.url))
+        self._asked: list[str] = []
+        page.on("request", lambda request: self._asked.append(request.url))
         page.add_init_script(_WATCH)
         page.goto(url)
         self["send"].and_(page.locator(":enabled")).wait_for()
@@ -62,6 +66,12 @@ class Trying:
         return self.answer.locator(".note").inner_text()
 
     @property
+    def asked(self) -> list[str]:
+        """The addresses of all its requests so far."""
+        self.page.evaluate("() => 0")  # Playwright tells of what has happened only while it is called
+        return list(self._asked)
+
+    @property
     def said(self) -> list[str]:
         """What was announced, in order."""
         said: list[str] = self.page.evaluate("() => window.said")
@@ -74,11 +84,11 @@ class Trying:
 
     def shows(self, text: str) -> None:
         """Wait until the latest answer's text is this, and no more."""
-        eventually(lambda: self.text == text, f"the text {text!r}, not {self.text!r}", every=0.02)
+        eventually(lambda: self.text == text, f"the text {text!r}, not {self.text!r}", _PATIENCE, every=0.02)
 
     def ends(self, state: str) -> None:
         """Wait until the latest answer is marked "complete", "stopped" or "failed"."""
-        expect(self.answer).to_have_attribute("data-state", state, timeout=DEADLINE * 1000)
+        expect(self.answer).to_have_attribute("data-state", state, timeout=_PATIENCE * 1000)
 
     def check(self) -> None:
         """Nothing that the policy forbids was tried, and nobody else was asked for anything."""
