@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlencode
 
 import pytest
-from harness import cases, eventually, llm, own_cases, servers
+from harness import cases, eventually, llm, own_cases, servers, turns
 from harness.client import Connection, request
 from harness.upstream import PeerGone, Upstream
 
@@ -81,6 +81,9 @@ from relay import Relay
 app = Flask("shop")
 relay = Relay(app, url_prefix="/ai", settings=%r)
 """
+_IMPATIENT = """
+impatient = Relay(app, name="impatient", url_prefix="/impatient", settings=%r)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +92,9 @@ def upstream() -> Iterator[Upstream]:
         yield running
 
 
-_SETTINGS = {"RELAY_HEARTBEAT": "60s", "RELAY_IDLE_TIMEOUT": "2s", "RELAY_HOLD": "30s"}
+_SETTINGS = {"RELAY_HEARTBEAT": "60s", "RELAY_IDLE_TIMEOUT": "60s", "RELAY_HOLD": "30s"}
+#: Not less: on a busy machine the upstream, which is the test, may be silent for two seconds without meaning it.
+IDLE = 2.5
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +112,28 @@ def place(
         yield request.getfixturevalue("service")
         return
     folder: Path = tmp_path_factory.mktemp("shop")
-    (folder / "shop.py").write_text(_MOUNTED % {"RELAY_UPSTREAM_URL": upstream.base_url, **_SETTINGS})
+    settings = {"RELAY_UPSTREAM_URL": upstream.base_url, **_SETTINGS}
+    code = _MOUNTED % settings + _IMPATIENT % {**settings, "RELAY_IDLE_TIMEOUT": IDLE}
+    (folder / "shop.py").write_text(code)
     args = ["-k", request.param, "--threads", "16"]
     with servers.gunicorn({"PYTHONPATH": str(folder)}, "shop:app", None, args, ready=None) as relay:
         yield Place(upstream, relay.port, "/ai/_relay", relay)
+
+
+@pytest.fixture(scope="module")
+def _impatient_service(upstream: Upstream) -> Iterator[Place]:
+    env = {"RELAY_UPSTREAM_URL": upstream.base_url, **_SETTINGS, "RELAY_IDLE_TIMEOUT": str(IDLE)}
+    with servers.gunicorn(env) as relay:
+        yield Place(upstream, relay.port, "", relay)
+
+
+@pytest.fixture
+def impatient(place: Place, request: pytest.FixtureRequest) -> Place:
+    """Such a relay that gives up an upstream which is silent for so long as IDLE."""
+    if not place.at:
+        found: Place = request.getfixturevalue("_impatient_service")
+        return found
+    return place._replace(at="/impatient/_relay")
 
 
 def events(body: bytes) -> list[tuple[str, str]]:
@@ -129,6 +152,19 @@ def chunk(text: str, finish: str | None = None) -> bytes:
 
 
 DONE = b"data: [DONE]\n\n"
+
+
+def begin(ex: Exchange, data: bytes) -> None:
+    """The head and these first bytes, at once: a clock of the relay's runs between two."""
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    ex._framing = "chunked"
+    ex.raw(head + b"%x\r\n%b\r\n" % (len(data), data))
+
+
+def end(ex: Exchange, data: bytes) -> None:
+    """These bytes and the end of the body, at once."""
+    ex.raw(b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data))
+    ex.finished.set()
 
 
 # --- What goes upstream
@@ -493,12 +529,12 @@ def test_an_upstream_that_cannot_be_reached_is_an_error(tmp_path: Path) -> None:
         assert error_of(response.finish().data)["code"] == "upstream_unreachable"
 
 
-def test_an_upstream_that_falls_silent_is_an_error(place: Place) -> None:
+def test_an_upstream_that_falls_silent_is_an_error(impatient: Place) -> None:
+    place = impatient
     place.by_hand()
     connection = place.post(prompt="Hello", batch_ms=100)
     ex = place.next()
-    ex.head(headers=STREAM)
-    ex.send(chunk("one"))
+    begin(ex, chunk("one"))
     body = connection.read_head().finish()
     assert body.ended == "cut"
     assert [name for name, _ in events(body.data)] == ["batch", "error"]
@@ -533,6 +569,12 @@ def test_a_client_of_http_1_0_sees_a_cut_too(service: Place) -> None:
     assert error_of(whole.data)["code"] == "upstream_cut"
 
 
+def taken(relay: Gunicorn) -> int:
+    """Bytes that open streams have read from upstream."""
+    listed = json.loads(request(relay.admin_port, "GET", "/streams").finish().data)
+    return sum(stream["bytes"] for stream in listed)
+
+
 @pytest.mark.parametrize("how", [{}, {"batch_size": 1000}, {"max_events_per_second": 0.1}, {"aware": True}])
 def test_a_drain_ends_it_with_a_word(upstream: Upstream, how: dict[str, Any]) -> None:
     with servers.gunicorn({"RELAY_UPSTREAM_URL": upstream.base_url, "RELAY_DRAIN": "300ms"}) as relay:
@@ -540,9 +582,9 @@ def test_a_drain_ends_it_with_a_word(upstream: Upstream, how: dict[str, Any]) ->
         place.by_hand()
         connection = place.post("/stream/aware" if how.pop("aware", False) else "/chat/stream", prompt="Hello", **how)
         ex = place.next()
-        ex.head(headers=STREAM)
-        ex.send(chunk("one") + chunk("two"))
+        begin(ex, pieces := chunk("one") + chunk("two"))
         response = connection.read_head()
+        eventually(lambda: taken(relay) >= len(pieces), "both pieces with the relay, sent on or not")
         relay.send_signal(signal.SIGTERM)
         body = response.finish()
         assert body.ended == "cut"
@@ -613,12 +655,10 @@ def test_text_is_gathered_for_a_time_while_the_upstream_is_silent(place: Place) 
     ex.head(headers=STREAM)
     response = connection.read_head()
     began = time.monotonic()
-    ex.send(chunk("one "))
-    ex.send(chunk("two"))
+    ex.send(chunk("one ") + chunk("two"))
     assert response.read_event() == b'event: batch\ndata: {"content": "one two"}\n\n'
     assert time.monotonic() - began >= 0.14
-    ex.send(chunk("three", "stop"))
-    ex.end()
+    end(ex, chunk("three", "stop"))
     assert events(response.finish().data)[1:] == [
         ("final", '{"content": "three"}'),
         ("done", '{"finish_reason": "stop", "model": null, "usage": null}'),
@@ -641,16 +681,16 @@ def test_a_pace_is_kept_and_nothing_is_lost(place: Place) -> None:
     assert found[-1][0] == "done"
 
 
-def test_a_slow_pace_is_no_silence_of_the_upstreams(place: Place) -> None:
-    """RELAY_IDLE_TIMEOUT (2 s) does not run while nobody reads."""
+def test_a_slow_pace_is_no_silence_of_the_upstreams(impatient: Place) -> None:
+    """RELAY_IDLE_TIMEOUT does not run while nobody reads."""
+    place = impatient
     place.by_hand()
-    connection = place.post(prompt="Hello", max_events_per_second=0.4)
+    connection = place.post(prompt="Hello", max_events_per_second=1 / (IDLE + 0.2))
     ex = place.next()
-    ex.head(headers=STREAM)
-    ex.send(chunk("a") + chunk("b"))
+    begin(ex, chunk("a") + chunk("b"))
     response = connection.read_head()
     assert response.read_event() == b"event: message\ndata: a\n\n"
-    assert response.read_event() == b"event: message\ndata: b\n\n"  # 2.5 s later
+    assert response.read_event() == b"event: message\ndata: b\n\n"  # later than IDLE
     ex.send(chunk("c", "stop") + DONE)
     ex.end()
     body = response.finish()
@@ -704,9 +744,8 @@ def test_a_client_that_leaves_ends_the_request_upstream(place: Place) -> None:
                 ex.head(headers=STREAM)
                 ex.send(chunk("a") + chunk("b"))
                 connection.read_head()
-            left = time.monotonic()
             connection.close()
-            assert ex.wait_gone() - left < 5
+            ex.wait_gone()  # long before the idle timeout
 
 
 # --- Heartbeats and the hold
@@ -761,12 +800,14 @@ def test_whoever_reads_text_hears_of_an_upstream_that_sends_none(upstream: Upstr
         ex.end()
         assert error_of(response.finish().data)["message"] == "slow"
         # After an id a comment has no blank line (httpx-sse and openai-python dispatch an event at each).
-        response = place.get(prompt="Hello")
+        response = place.get({"X-Request-ID": "counted"}, prompt="Hello")
         ex = place.next()
         assert response.read_until(b": keep-alive\n: keep-alive\n")
         ex.reply(b"{}", 500, headers=llm.JSON)
-        response.finish()
-        eventually(lambda: '"heartbeats": 2' in relay.log(), "heartbeats in the log")
+        beats = response.finish().data.count(b": keep-alive\n")
+        eventually(lambda: "counted" in relay.log(), "the log line")
+        line = next(line for line in relay.log().splitlines() if "counted" in line)
+        assert json.loads(line)["heartbeats"] == beats >= 2
 
 
 # --- Who may, and how much
@@ -838,6 +879,7 @@ def test_streams_of_a_client_are_counted(guarded: Place) -> None:
 
 
 def test_requests_of_a_client_are_counted(guarded: Place) -> None:
+    turns.within_one(turns.HOUR)
     guarded.answers(*llm.chat_events())
     statuses = []
     while 429 not in statuses and len(statuses) < 40:
@@ -959,9 +1001,11 @@ def test_no_stream_is_left(service: Place) -> None:
         health = json.loads(request(service.port, "GET", "/health").finish().data)
         return int(health["streams"]["open"])
 
+    def metrics() -> str:
+        return request(service.relay.admin_port, "GET", "/metrics").finish().data.decode()
+
     eventually(lambda: left() == 0, "the end of all streams")
-    metrics = request(service.relay.admin_port, "GET", "/metrics").finish().data.decode()
-    assert 'relay_open_streams{mount="relay"} 0.0' in metrics
+    eventually(lambda: 'relay_open_streams{mount="relay"} 0.0' in metrics(), "the metric's word of it")
 
 
 def test_views_are_freed_without_the_garbage_collector(upstream: Upstream) -> None:
