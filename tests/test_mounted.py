@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 SSE = "text/event-stream"
 EVENTS: list[Header] = [("Content-Type", SSE)]
+#: The client looks whether a connection is still there before it uses it. Of gunicorn's own 2 s a busy machine may take
+#: more from the look to the use.
+KEEP_ALIVE = ["--keep-alive", "20"]
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +47,13 @@ def environment(upstreams: tuple[Upstream, Upstream]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def gevent(app: str, env: dict[str, str]) -> Iterator[Server]:
-    with servers.gunicorn(env, app, None, ["-k", "gevent"], ready=None) as server:
+    with servers.gunicorn(env, app, None, ["-k", "gevent", *KEEP_ALIVE], ready=None) as server:
         yield server
 
 
 @contextlib.contextmanager
 def gthread(app: str, env: dict[str, str]) -> Iterator[Server]:
-    with servers.gunicorn(env, app, None, ["-k", "gthread", "--threads", "16"], ready=None) as server:
+    with servers.gunicorn(env, app, None, ["-k", "gthread", "--threads", "16", *KEEP_ALIVE], ready=None) as server:
         yield server
 
 
@@ -66,7 +69,7 @@ def flask_run(app: str, env: dict[str, str]) -> Iterator[Server]:
         server.launch(command, servers.environment(env | {"PYTHONPATH": path}), folder)
         return server
 
-    with servers._up(launch, lambda port: servers._answers(port, None), 20) as server:
+    with servers._up(launch, lambda port: servers._answers(port, None), servers._START) as server:
         yield server
 
 
@@ -636,7 +639,7 @@ def test_importing_and_mounting_opens_no_socket_and_starts_no_thread() -> None:
         env=servers.environment({}),
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=50,
         check=False,
     )
     assert done.stderr == ""
@@ -652,7 +655,7 @@ def test_importing_the_package_imports_neither_flask_nor_requests() -> None:
         env=servers.environment({}),
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=50,
         check=False,
     )
     assert (done.stdout.strip(), done.stderr) == ("[]", "")

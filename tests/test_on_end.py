@@ -28,7 +28,8 @@ class Shop:
         found: list[dict[str, Any]] = []
 
         def there() -> bool:
-            lines = self._bills.read_text().splitlines() if self._bills.exists() else []
+            written = self._bills.read_text() if self._bills.exists() else ""
+            lines = written[: written.rfind("\n") + 1].splitlines()  # half a line is none yet
             found[:] = [bill for bill in map(json.loads, lines) if bill["request_id"] == request_id]
             return bool(found)
 

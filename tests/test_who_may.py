@@ -11,7 +11,7 @@ import socket
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import servers
+from harness import DEADLINE, servers
 from harness.client import Client
 from harness.upstream import Upstream
 
@@ -487,7 +487,7 @@ def test_what_a_client_of_nginx_writes_about_itself_is_worth_nothing(keyed_behin
 
 def test_only_a_trusted_proxy_is_believed(keyed: Relay) -> None:
     """127.0.0.2 is not among RELAY_TRUSTED_PROXIES: whatever it says, it is itself, and the log says so."""
-    with socket.create_connection(("127.0.0.1", keyed.port), 5, ("127.0.0.2", 0)) as sock:
+    with socket.create_connection(("127.0.0.1", keyed.port), DEADLINE, ("127.0.0.2", 0)) as sock:
         sock.sendall(
             b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nX-Forwarded-For: 203.0.113.7\r\n"
             b"X-Request-ID: from-127-0-0-2\r\nConnection: close\r\n\r\n"

@@ -30,7 +30,7 @@ class Pool:
         self._free = threading.Semaphore(1)
 
     def take(self) -> None:
-        if not self._free.acquire(timeout=3):
+        if not self._free.acquire(timeout=8):
             abort(503, "the pool is empty")
 
     def give_back(self) -> None:
