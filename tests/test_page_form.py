@@ -287,8 +287,11 @@ def test_colours_and_motion_follow_the_system(browser: Browser, upstream: Upstre
 
 def test_copying_gives_the_answers_own_text(browser: Browser, upstream: Upstream, url: str) -> None:
     texts = ["  one\n\n", "<b>two</b>\t", "\n" * 3 + "🐘"]
+    # "Copied" stands there for a second and a half: for fifteen seconds here, in which the test gets round to looking.
+    slower = "const later = setTimeout; window.setTimeout = (call, ms) => later(call, ms === 1500 ? 15_000 : ms);"
     for permissions in (["clipboard-read", "clipboard-write"], []):
         with new_page(browser, permissions=permissions) as (page, _):
+            page.add_init_script(slower)
             trying = Trying(page, url)
             trying.ask("Hello?")
             says(upstream.next(CHAT), texts)

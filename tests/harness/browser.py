@@ -12,7 +12,7 @@ import re
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Resolves nothing but the loopback; an attempt at more is an error on the page's console.
 _LOOPBACK_ONLY = "MAP * ~NOTFOUND , EXCLUDE 127.0.0.1 , EXCLUDE localhost"
+_PATIENCE = 20_000  # milliseconds that what is awaited on a page may take
+expect.set_options(timeout=_PATIENCE)
 
 
 @contextlib.contextmanager
@@ -68,7 +70,7 @@ class Console:
 def new_page(browser: Browser, **options: Any) -> Iterator[tuple[Page, Console]]:
     """A page in a context of its own (`options` are Playwright's for one), and its console, checked at the end."""
     context = browser.new_context(**options)
-    context.set_default_timeout(20_000)
+    context.set_default_timeout(_PATIENCE)
     console = Console(context)
     try:
         page = context.new_page()
