@@ -594,16 +594,20 @@ class Outcome:
         )
 
 
-def soak(seconds: float, clients: int, seed: int = 1) -> Outcome:
-    """Run it, a warm-up first: a worker that has never been busy is smaller than it will be ever again."""
-    return asyncio.run(_soak(seconds, clients, seed))
+def soak(seconds: float, clients: int, seed: int = 1, patience: float = 1) -> Outcome:
+    """Run it, a warm-up first: a worker that has never been busy is smaller than it will be ever again.
+
+    `patience`: times which the relay gives up later than by CLOCKS, for a machine that may stop any of us for seconds.
+    """
+    return asyncio.run(_soak(seconds, clients, seed, patience))
 
 
-async def _soak(seconds: float, clients: int, seed: int) -> Outcome:
+async def _soak(seconds: float, clients: int, seed: int, patience: float) -> Outcome:
     upstream = Upstream()
     await upstream.start()
     settings = {
         **CLOCKS,
+        **{name: str(float(CLOCKS[name]) * patience) for name in CLOCKS if name.endswith("_TIMEOUT")},
         "RELAY_UPSTREAM_URL": f"http://127.0.0.1:{upstream.port}",
         "RELAY_MAX_STREAMS": str(max(clients // 2, 4)),  # at times more come
         "WEB_CONCURRENCY": "1",

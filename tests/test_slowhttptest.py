@@ -53,7 +53,7 @@ def slowly(port: int, way: str, connections: int, folder: Path) -> Iterator[subp
         "-l",
         str(SECONDS),
         "-p",
-        "3",
+        "5",
     ]
     with (folder / way).open("wb") as said:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, cwd=folder)
@@ -118,8 +118,9 @@ def served_meanwhile(once: Callable[[], float], attacks: list[subprocess.Popen[b
         took.append(once())
         time.sleep(0.02)  # an ordinary client, not a flood
     assert [attack.wait() for attack in attacks] == [0] * len(attacks)
-    assert len(took) > 20
-    assert sorted(took)[-4] < 3, f"the slowest of {len(took)}: {sorted(took)[-5:]}"
+    # Most are served at once; without room for them nearly all would wait until the attack is over.
+    assert len(took) >= 5
+    assert sorted(took)[len(took) // 2] < 3, f"the slowest of {len(took)}: {sorted(took)[-5:]}"
 
 
 @pytest.mark.usefixtures("_files")

@@ -8,7 +8,7 @@ from soak import soak
 
 @pytest.mark.slow
 def test_a_short_soak_finds_nothing() -> None:
-    outcome = soak(seconds=3, clients=100)
+    outcome = soak(seconds=3, clients=100, patience=3)
     print(outcome)
     assert not outcome.figures.faults, str(outcome)
     assert outcome.reasons["done"] > 100
