@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Literal
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
 
-from harness import eventually, servers
+from harness import DeadlineExceeded, eventually, servers
 from harness.client import Chunked, request
 
 if TYPE_CHECKING:
@@ -491,8 +491,11 @@ class Relay:
         text = Path(f"/proc/{self.worker}/smaps_rollup").read_text()
         return int(re.search(r"^Pss:\s+(\d+)", text, re.MULTILINE)[1])  # type: ignore[index]
 
-    def quiet(self) -> tuple[int, int]:
-        """Wait until no stream is open and its clients' connections are closed; gives `files`."""
+    def quiet(self, before: int | None = None) -> tuple[int, int]:
+        """Wait until no stream is open and its clients' connections are closed; gives `files`.
+
+        `before`: the other files that there were then, to which it has time to come back.
+        """
         eventually(lambda: self.open_streams() == 0, "no open streams", 20)
         last = [0, 0]
 
@@ -502,6 +505,10 @@ class Relay:
             return same
 
         eventually(still, "descriptors stand still", 20, every=0.3)
+        if before is not None:
+            # What stands still may be a worker that the machine has stopped.
+            with contextlib.suppress(DeadlineExceeded):
+                eventually(lambda: self.files()[1] <= before + SPARE_FILES, "descriptors given back", 20, every=0.1)
         return self.files()
 
 
@@ -625,7 +632,7 @@ async def _soak(seconds: float, clients: int, seed: int, patience: float) -> Out
         began = time.monotonic()
         await load.run(clients, seconds)
         lasted = time.monotonic() - began
-        files_after = await loop.run_in_executor(None, relay.quiet)
+        files_after = await loop.run_in_executor(None, relay.quiet, files[1])
         memory_after = relay.memory()
         metrics = await loop.run_in_executor(None, relay.metrics)
         await upstream.stop()
