@@ -13,8 +13,12 @@ litellm_settings:
   telemetry: false
   num_retries: 0
 """
-#: Neither its price list nor its errors are fetched or sent anywhere.
-ENVIRONMENT = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"}
+#: Neither its price list nor its errors are fetched or sent anywhere, and nobody is asked for a key.
+ENVIRONMENT = {
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "LITELLM_LOG": "ERROR",
+    "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+}
 
 
 def config(url: str) -> str:
