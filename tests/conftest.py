@@ -33,7 +33,7 @@ LONGEST = """
 """.split()
 
 # How long an example takes is the machine's affair, and the watchdog's.
-settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.load_profile("patient")
 
 WATCHDOG = 60  # seconds for one test with its fixtures
