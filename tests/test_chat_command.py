@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from harness import DEADLINE, REPO, Deadline, llm, servers
+from harness.calm import undisturbed
 from harness.upstream import Upstream
 from test_client import CHAT, DONE, HALF, KEY, chunk, cut_after, says
 
@@ -170,7 +171,9 @@ def test_a_terminal_gets_no_control_characters(upstream: Upstream, base_url: str
     try:
         with running("--base-url", base_url, "-q", "Well?", stdout=theirs) as process:
             assert process.wait(DEADLINE) == 0
-        assert os.read(terminal, 1000) == b"a]0;titleb\tc\r\nde\r\n"  # the CRs are the terminal's own
+        shown = b"a]0;titleb\tc\r\nde\r\n"  # the CRs are the terminal's own
+        assert read(terminal, len(shown)) == shown
+        assert select.select([terminal], [], [], 0)[0] == []
     finally:
         os.close(terminal)
         os.close(theirs)
@@ -238,7 +241,9 @@ def test_a_cut(upstream: Upstream) -> None:
     assert "broke off" in err
 
 
+@undisturbed(0.1)
 def test_a_stall(upstream: Upstream) -> None:
+    upstream.forget(CHAT)
     path = upstream.by_hand(CHAT)
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(chat, "--base-url", upstream.base_url, "--timeout", "0.3", "Well?")

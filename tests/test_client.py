@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from harness import DEADLINE, cases, llm, servers
+from harness.calm import undisturbed
 from harness.upstream import Upstream, deaf
 from test_floors import OPTIONAL, modules_after
 from test_upstream_connections import Authority, Proxy
@@ -322,6 +323,7 @@ def test_a_piece_is_there_before_the_next_is_sent(place: Place, events: bool) ->
     assert (first, second, len(rest)) == ("one ", "two", int(events))
 
 
+@undisturbed(0.4)
 def test_heartbeats_are_no_text_and_no_silence(direct: Place) -> None:
     """Longer than the time-out, and never silent for so long."""
 
@@ -404,8 +406,9 @@ def test_a_whole_answer_ends_even_if_its_connection_does_not(direct: Place) -> N
         ex.wait_gone()
 
 
-def test_a_whole_answer_is_read_to_its_end(place: Place) -> None:
+def test_a_whole_answer_is_read_to_its_end(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the relay logs it as done, and not as a client that left."""
+    monkeypatch.setattr("relay.client.stream._LINGER", 30.0)  # the upstream here is a test's, and may dawdle
     path = place.upstream.by_hand(CHAT)
     with ThreadPoolExecutor(1) as pool:
         text = pool.submit(lambda: list(place.ask()))
@@ -509,7 +512,9 @@ def test_an_error_in_the_stream_is_raised_after_what_had_come(place: Place, fram
         assert len(pieces) == (len(HALF) if events else len(HALF) - 1)
 
 
+@undisturbed(0.1)
 def test_silence_is_a_stall(direct: Place) -> None:
+    direct.upstream.forget(CHAT)
     path = direct.upstream.by_hand(CHAT)
     with ThreadPoolExecutor(1) as pool:
         failed = pool.submit(fail, lambda: direct.ask(timeout=0.3))

@@ -579,15 +579,17 @@ def deaf() -> Iterator[int]:
         address = listener.getsockname()
         try:
             clock = Deadline(DEADLINE, "a full listen queue")
-            while True:  # until the kernel drops the SYN
+            dropped = 0
+            while dropped < 2:  # SYNs in a row: one may only have been slow
                 clock.left()
                 filler = socket.socket()
                 fillers.append(filler)
                 filler.settimeout(0.2)
                 try:
                     filler.connect(address)
+                    dropped = 0
                 except TimeoutError:
-                    break
+                    dropped += 1
             yield address[1]
         finally:
             for filler in fillers:
