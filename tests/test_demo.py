@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import openai
 import pytest
+from harness import DEADLINE
 
 from relay import demo
 
@@ -56,22 +57,23 @@ def test_one_server_a_process_however_many_ask():
 
 
 def test_openai_streams_words_at_a_human_pace(client):
-    arrivals = []
     words = []
     finish = None
+    began = time.monotonic()
     stream = client.chat.completions.create(model=demo.MODEL, messages=HELLO, stream=True)
     for chunk in stream:
-        arrivals.append(time.monotonic())
         assert chunk.model == demo.MODEL
         assert chunk.usage is None
         words.append(chunk.choices[0].delta.content or "")
         finish = chunk.choices[0].finish_reason
+    took = time.monotonic() - began
     assert finish == "stop"
     text = "".join(words)
     assert "demo upstream" in text
     assert "“What is this?”" in text
     assert "RELAY_UPSTREAM_URL" in text
-    assert 10 < len(arrivals) / (arrivals[-1] - arrivals[0]) < 50
+    # 10 to 50 a second, and more time for a machine that is busy.
+    assert len(words) / 50 < took < len(words) / 10 + DEADLINE
 
 
 def test_openai_gets_the_usage_it_asked_for(client):
@@ -169,7 +171,7 @@ def test_each_event_is_one_http_chunk():
 
 
 # Run in a process of its own, patched for gevent or not: clients leave in the middle, and the server's threads (or
-# greenlets) are gone at once, with nothing written to stderr.
+# greenlets) are gone at once, with nothing written to stderr. Its words take a minute, so that none ends by itself.
 LEAVE = """
 import sys
 if sys.argv[1] == "gevent":
@@ -179,6 +181,7 @@ import json, socket, threading, time
 from urllib.parse import urlsplit
 from relay import demo
 
+demo._PAUSE = 1.5
 body = json.dumps({"stream": True, "messages": [{"role": "user", "content": "hi"}]}).encode()
 port = urlsplit(demo.start()).port
 before = threading.active_count()
@@ -194,7 +197,7 @@ assert threading.active_count() == before + 50, threading.active_count()
 for sock in clients:
     sock.close()
 left = time.monotonic()
-while threading.active_count() > before and time.monotonic() < left + 10:
+while threading.active_count() > before and time.monotonic() < left + 20:
     time.sleep(0.005)
 print(threading.active_count() - before, time.monotonic() - left)
 """
@@ -215,4 +218,4 @@ def test_it_stops_when_the_client_leaves(kind):
     assert done.returncode == 0
     left, seconds = done.stdout.split()
     assert left == "0"
-    assert float(seconds) < 1
+    assert float(seconds) < DEADLINE
