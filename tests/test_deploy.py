@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +212,7 @@ def test_the_units_command_serves_on_sockets_that_it_is_handed_and_says_when_it_
             for number in handed:
                 os.close(number)
             assert b"READY=1" in notify.recv(4096)
-            assert request(port, "GET", "/health/live").status == 200
+            assert request(port, "GET", "/health/live", deadline=30).status == 200  # its worker may load still
             assert request(port, "GET", "/metrics").status == 404
             assert request(admin_port, "GET", "/metrics").status == 200
 
@@ -274,7 +273,7 @@ def test_the_containers_command_and_health_check_do_what_they_should(contained: 
             return subprocess.run([sys.executable, *health[1:]], capture_output=True, check=False).returncode == 0
 
         try:
-            eventually(healthy, "the health check to pass", 20)
+            eventually(healthy, "the health check to pass", 30)
             assert request(port, "GET", "/v1/models", {"Host": "localhost"}).status == 200
             process.send_signal(signal.SIGTERM)
             assert process.wait(30) == 0
@@ -351,7 +350,14 @@ def exposed() -> dict[str, set[str]]:
     with Upstream() as upstream, servers.gunicorn({"RELAY_UPSTREAM_URL": upstream.base_url}) as relay:
         request(relay.port, "GET", "/v1/models").finish()
         request(relay.port, "GET", "/nowhere").finish()
-        text = urllib.request.urlopen(f"http://127.0.0.1:{relay.admin_port}/metrics", timeout=10).read().decode()
+
+        def metrics() -> str:
+            found: str = request(relay.admin_port, "GET", "/metrics").finish().data.decode()
+            return found
+
+        # What has come whole to its client is counted a moment later.
+        eventually(lambda: "relay_streams_ended_total{" in metrics(), "the count of the request that was relayed")
+        text = metrics()
     found: dict[str, set[str]] = {}
     for name, labels in re.findall(r"^(\w+)(?:\{(.*)\})? ", text, re.MULTILINE):
         found.setdefault(name, set()).update(re.findall(r'(\w+)="', labels))
