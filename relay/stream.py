@@ -177,6 +177,8 @@ class Stream:
             now = monotonic()
             if now >= drain.at:
                 raise errors.Drained("the relay is restarting and the upstream has not answered yet")
+            if now >= min(self._hold_at, self._started + self._settings.first_byte_timeout) and self._has_answered():
+                return self._answer(exchange.head)
             deadline = self._check_opening(now)
             if self._held:
                 if now >= self._beat_since + self._settings.heartbeat:
@@ -192,6 +194,10 @@ class Stream:
                 raise ClientGone
             if (wake is READY or not exchange.empty) and exchange.read_head():
                 return self._answer(exchange.head)
+
+    def _has_answered(self) -> bool:
+        """Look before a clock is believed: this process may have stood still until it had passed."""
+        return self._task is None and self._exchange.sent and self._exchange.read_head()
 
     def _check_opening(self, now: float) -> float:
         """The next deadline while there is no answer. Raises if one has passed."""
@@ -278,6 +284,7 @@ class Stream:
     def _relay(self) -> bytes:
         """The next bytes for the client: the upstream's as they have arrived, or a heartbeat in its silence."""
         exchange = self._exchange
+        late = False
         while True:
             if exchange.empty:
                 wake = self._waiter.wait(self._deadline)
@@ -285,10 +292,14 @@ class Stream:
                     if wake is GONE:
                         raise ClientGone
                     now = monotonic()
-                    beat = self._silence(now)
-                    if beat or now >= self._look_at:
-                        return beat
-                    continue
+                    try:
+                        beat = self._silence(now)
+                    except errors.IdleTimeout:
+                        late = True  # unless something has come: this process may have stood still since then
+                    else:
+                        if beat or now >= self._look_at:
+                            return beat
+                        continue
             data = exchange.read()
             if data:
                 if not exchange.empty and self._chunked and exchange.complete:
@@ -297,6 +308,8 @@ class Stream:
             if data is not None:
                 self._end("done")
                 raise StopIteration
+            if late:
+                raise self._idle_timeout()
 
     def _observe(self, data: bytes) -> bytes:
         """Note what passes, without touching it."""
@@ -331,9 +344,7 @@ class Stream:
         self._beating = now >= self._look_at  # what a view sends then is no time of the upstream's either
         idle_at = self._quiet_since + settings.idle_timeout if settings.idle_timeout else _NEVER
         if now >= idle_at:
-            raise errors.IdleTimeout(
-                f"the upstream has sent nothing for {settings.idle_timeout:g} s (RELAY_IDLE_TIMEOUT)"
-            )
+            raise self._idle_timeout()
         beat_at = _NEVER
         if self._tracker is not None and settings.heartbeat:
             beat_at = self._beat_since + settings.heartbeat
@@ -347,6 +358,11 @@ class Stream:
                     return self._heartbeat(comment)
         self._deadline = min(idle_at, beat_at, self._look_at, drain.at)
         return b""
+
+    def _idle_timeout(self) -> errors.IdleTimeout:
+        return errors.IdleTimeout(
+            f"the upstream has sent nothing for {self._settings.idle_timeout:g} s (RELAY_IDLE_TIMEOUT)"
+        )
 
     def _heartbeat(self, comment: bytes) -> bytes:
         self.record.heartbeats += 1

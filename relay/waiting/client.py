@@ -78,9 +78,11 @@ class Writes:
             return False
         now = time.monotonic()
         left = unsent(self._client)
-        if began != self._began:
+        first = began != self._began
+        if first:
             self._began = self._progress = began
         elif left is not None and left < self._unsent:
             self._progress = now
         self._unsent = left or 0
-        return now - self._progress >= self._limit
+        # One look says nothing of progress, however late it comes: this process may have stood still.
+        return not first and now - self._progress >= self._limit
