@@ -154,12 +154,12 @@ def looked_at(
         found = {name: end(process) for name, process in processes.items()}
         # So many at a time are in each other's way, and each measures tenths of a second: what comes as a surprise is
         # looked at again, alone; and again if the machine stood still meanwhile.
-        for name in found:
+        for name, again in looks.items():
             for _ in range(4):
                 if _as_expected(name, found[name]):
                     break
                 with Pulse() as pulse:
-                    found[name] = end(looks[name]())
+                    found[name] = end(again())
                 if pulse.longest() < 0.2:
                     break
         yield found

@@ -213,7 +213,10 @@ def scene(request: pytest.FixtureRequest, stopped: str, scenes: dict[tuple[str, 
 def _scene(key: tuple[str, str]) -> Scene:
     hop, stopped = key
     for _ in range(4):
-        with relay(hop, drain=DRAIN, heartbeat="0.2", hold="0.3", keepalive="30") as rig, contextlib.ExitStack() as stack:
+        with (
+            relay(hop, drain=DRAIN, heartbeat="0.2", hold="0.3", keepalive="30") as rig,
+            contextlib.ExitStack() as stack,
+        ):
             found = _play(rig, hop, stopped, stack)
         if found is not None:
             return found
@@ -272,12 +275,7 @@ def _play(rig: Rig, hop: str, stopped: str, stack: contextlib.ExitStack) -> Scen
     signalled = time.monotonic()
     rig.relay.send_signal(signal.Signals[stopped])
 
-    def noticed() -> bool:
-        return all({503, "503 draining"} & set(probe.answers) for probe in probes.values())
-
-    with contextlib.suppress(DeadlineExceeded):
-        eventually(noticed, "not ready", 1.5)
-    if not noticed() and max(probe.longest_pause(signalled) for probe in probes.values()) > 0.25:
+    if not _could_look(probes, signalled):
         return None
 
     # The drain has begun: this one ends within it.
@@ -295,15 +293,7 @@ def _play(rig: Rig, hop: str, stopped: str, stack: contextlib.ExitStack) -> Scen
         found.ends[name] = found.headers[name].finish()
     found.tail = reader.finish()
 
-    if stopped == "SIGTERM":
-        assert rig.relay.wait(15) == 0
-        for probe in probes.values():
-            eventually(lambda probe=probe: probe.answers[-1:] in (["refused"], [502]), "the listener closed")
-        eventually(lambda: steady.answers[-1] != "whole", "a request that is not served")
-    else:
-        eventually(lambda: not exists(worker), "the old worker ended", 15)
-        for probe in probes.values():
-            eventually(lambda probe=probe: probe.answers[-1] in (200, "200 ok"), "the new worker is ready")
+    _wait_for_the_end(rig, stopped, worker, probes, steady)
     found.ready = {name: probe.stop() for name, probe in probes.items()}
     found.requests = steady.stop()
 
@@ -324,6 +314,30 @@ def _play(rig: Rig, hop: str, stopped: str, stack: contextlib.ExitStack) -> Scen
     for ex in rig.upstream.seen():
         ex.finished.set()
     return found
+
+
+def _could_look(probes: dict[str, Steady], signalled: float) -> bool:
+    """Wait until all of them have seen that the worker drains. False: they have not, since they stood still."""
+
+    def noticed() -> bool:
+        return all({503, "503 draining"} & set(probe.answers) for probe in probes.values())
+
+    with contextlib.suppress(DeadlineExceeded):
+        eventually(noticed, "not ready", 1.5)
+    return noticed() or max(probe.longest_pause(signalled) for probe in probes.values()) <= 0.25
+
+
+def _wait_for_the_end(rig: Rig, stopped: str, worker: int, probes: dict[str, Steady], steady: Steady) -> None:
+    """Until the worker has ended, and everybody who asks has seen what came then."""
+    if stopped == "SIGTERM":
+        assert rig.relay.wait(15) == 0
+        for probe in probes.values():
+            eventually(lambda probe=probe: probe.answers[-1:] in (["refused"], [502]), "the listener closed")
+        eventually(lambda: steady.answers[-1] != "whole", "a request that is not served")
+    else:
+        eventually(lambda: not exists(worker), "the old worker ended", 15)
+        for probe in probes.values():
+            eventually(lambda probe=probe: probe.answers[-1] in (200, "200 ok"), "the new worker is ready")
 
 
 def _id(name: str) -> str:

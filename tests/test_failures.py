@@ -12,7 +12,7 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from harness import DeadlineExceeded, servers
+from harness import DEADLINE, DeadlineExceeded, servers
 from harness.client import Client, Connection
 from harness.servers import free_port
 
@@ -582,7 +582,7 @@ def test_what_is_no_request_gets_json_from_nginx_too(behind_nginx: Service, wire
     with Connection(behind_nginx.port) as connection:
         connection.raw(wire)
         try:
-            response = connection.read_head(1)
+            response = connection.read_head(1 if status in (414, 400) else DEADLINE)
         except (AssertionError, DeadlineExceeded):
             assert status in (414, 400)  # HTTP/0.9 and the like: a body without a head, or the wait for more
             return

@@ -885,6 +885,8 @@ def in_step(connection: Connection, hop: Service, after: Response) -> None:
     try:
         response = connection.request("GET", "/v1" + path)
         assert (response.status, response.finish().data) == (200, b"next")
+    except ConnectionError:
+        pass  # it was closed before the request was sent
     except NoResponse as closed:
         assert closed.args[0].endswith("after b''")  # noqa: PT017 - either end is right, half an answer is not
     finally:

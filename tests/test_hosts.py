@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import REPO, eventually, servers
+from harness import REPO, servers
+from harness.calm import undisturbed
 from harness.client import Connection, request
 from harness.upstream import Exchange, Upstream
 from test_docs import BLOCKS, block
+from test_drain import kept, until_not_ready
 
 from relay.settings import Settings
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
     from harness.servers import Gunicorn, Nginx
 
-SCALE = 20  # all times are so much shorter
+SCALE = 12  # all times are so much shorter: the router's 30 s are 2.5, and a heartbeat may be late by half of that
 DEFAULTS = Settings.from_mapping({}, service=True)
 HEARTBEAT = b": keep-alive\n\n"
 EVENTS = [("Content-Type", "text/event-stream")]
@@ -105,8 +107,10 @@ def chain(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield relay, proxy
 
 
+@undisturbed(0.5)
 def test_a_stream_outlives_a_router_that_waits_half_a_minute(chain: tuple[Gunicorn, Nginx], upstream: Upstream) -> None:
     """Silence of three heartbeats before the answer and again within it, longer than the router would wait."""
+    upstream.forget(PATH)
     upstream.by_hand(PATH)
     with Connection(chain[1].port) as connection:
         connection.send("POST", "/v1" + PATH, KEY, ASKED)
@@ -155,7 +159,7 @@ def test_the_client_is_whom_the_router_has_seen(chain: tuple[Gunicorn, Nginx], u
 
 def test_a_signal_to_all_processes_at_once_drains(upstream: Upstream) -> None:
     """As Heroku's: a stream that ends in time is whole, one that does not gets its frame, and the end is no failure."""
-    with dyno(upstream, RELAY_DRAIN="2s") as relay:
+    with dyno(upstream, RELAY_DRAIN="4s") as relay:
         streams: list[tuple[Exchange, Connection]] = []
         with contextlib.ExitStack() as stack:
             upstream.by_hand(PATH)
@@ -168,9 +172,10 @@ def test_a_signal_to_all_processes_at_once_drains(upstream: Upstream) -> None:
                 streams.append((ex, connection))
             short, long = (connection.read_head() for _, connection in streams)
             assert short.read_event() == long.read_event() == b"data: 1\n\n"
+            asked = stack.enter_context(kept(relay.port))
             os.killpg(relay.pid, signal.SIGTERM)
             os.killpg(relay.pid, signal.SIGTERM)  # "multiple SIGTERMs are possible"
-            eventually(lambda: request(relay.port, "GET", "/health/ready").status == 503, "the drain")
+            until_not_ready(asked)
             streams[0][0].send(b"data: 2\n\n")
             streams[0][0].end()
             assert short.finish()[:2] == (b"data: 1\n\ndata: 2\n\n", "clean")
