@@ -50,8 +50,8 @@ class Rig:
         found: list[dict[str, object]] = []
 
         def there() -> bool:
-            for line in self.relay.log().splitlines():
-                if line.startswith("{") and request_id in line:
+            for line in self.relay.log().splitlines(keepends=True):
+                if line.startswith("{") and request_id in line and line.endswith("\n"):  # the whole of it
                     found.append(json.loads(line))
                     return True
             return False
