@@ -499,6 +499,7 @@ def test_a_client_that_takes_nothing_is_gone_after_the_write_timeout(hasty: Rig)
     gone(ex)
     assert hasty.ended("stuck")["reason"] == "write_timeout"
     hasty.no_stream_open()
+    connection.wait_closed()  # which only a reset can say while bytes wait to be read
     with pytest.raises(EndedEarly, match="RST"):
         connection.read_head().read_until(b"never", deadline=20)
 

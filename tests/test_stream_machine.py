@@ -168,6 +168,7 @@ class Life:
     sent: list[bytes] = field(default_factory=list)  # by the upstream, handed to its kernel
     gaps: list[float] = field(default_factory=list)  # the upstream's silences, by the upstream's clock
     stood_still: float = 0.0  # seconds at the longest, this process
+    began: float = 0.0  # monotonic seconds
     exchanges: list[Exchange] = field(default_factory=list)
     handled: int = 0  # of them
     over: threading.Event = field(default_factory=threading.Event)
@@ -193,7 +194,7 @@ class Life:
     def handle(self, ex: Exchange) -> None:
         self.exchanges.append(ex)
         plan = self.plan
-        since = time.monotonic()
+        since = self.began  # so does the relay's first clock, with all that a connection and a handshake may take
 
         def spoken() -> None:
             nonlocal since
@@ -372,6 +373,7 @@ class Machine:
         client.connect(self._listener.getsockname())
         connection, _ = self._listener.accept()
         self._sockets += [client, connection]
+        life.began = time.monotonic()
         record = Record(
             request_id=life.name,
             method="POST",
