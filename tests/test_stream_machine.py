@@ -196,11 +196,11 @@ class Life:
         plan = self.plan
         since = self.began  # so does the relay's first clock, with all that a connection and a handshake may take
 
-        def spoken() -> None:
+        def spoken(began: float) -> None:
+            """From before the last bytes went out until these have: this thread may stand still beside either."""
             nonlocal since
-            now = time.monotonic()
-            self.gaps.append(now - since)
-            since = now
+            self.gaps.append(time.monotonic() - since)
+            since = began
 
         try:
             if plan.late is None:
@@ -208,18 +208,20 @@ class Life:
                 return
             time.sleep(plan.late)
             missing = 0 if plan.whole else 7
+            began = time.monotonic()
             ex.head(plan.status, "", [("Content-Type", plan.content_type)], plan.framing, len(plan.body) + missing)
-            spoken()
+            spoken(began)
             for piece in plan.pieces:
                 if isinstance(piece, bytes):
                     self.sent.append(piece)
+                    began = time.monotonic()
                     ex.send(piece)
-                    spoken()
+                    spoken(began)
                 else:
                     time.sleep(piece)
             self._end(ex)
         finally:
-            spoken()
+            spoken(time.monotonic())
             self.handled += 1
 
     def _end(self, ex: Exchange) -> None:
