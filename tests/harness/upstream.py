@@ -219,10 +219,11 @@ class Exchange:
 
     def wait_gone(self, deadline: float = DEADLINE) -> float:
         """Wait until the relay has closed this connection; gives the monotonic time of it."""
-        poll = select.poll()
-        poll.register(self._sock, select.POLLRDHUP | select.POLLHUP | select.POLLERR)
-        if not poll.poll(deadline * 1000):
-            raise DeadlineExceeded(f"{self!r} still had its connection after {deadline:g} s")
+        until = time.monotonic() + deadline
+        # A second at a time: the descriptor may be closed here meanwhile, by the handler, and be another connection's.
+        while not self._is_gone(min(1.0, max(0.0, until - time.monotonic()))):
+            if time.monotonic() >= until:
+                raise DeadlineExceeded(f"{self!r} still had its connection after {deadline:g} s")
         now = time.monotonic()
         self.finished.set()
         self.keep_alive = False
@@ -231,11 +232,15 @@ class Exchange:
     @property
     def gone(self) -> bool:
         """Whether the relay has closed this connection by now."""
-        if self._sock.fileno() < 0:
-            return True
+        return self._is_gone(0)
+
+    def _is_gone(self, within: float) -> bool:
         poll = select.poll()
-        poll.register(self._sock, select.POLLRDHUP | select.POLLHUP | select.POLLERR)
-        return bool(poll.poll(0))
+        try:
+            poll.register(self._sock, select.POLLRDHUP | select.POLLHUP | select.POLLERR)
+        except ValueError:  # closed here
+            return True
+        return bool(poll.poll(within * 1000))
 
 
 Handler = Callable[[Exchange], None]
