@@ -91,7 +91,8 @@ def service_with(
 @contextlib.contextmanager
 def mounted_with(upstream: Upstream, settings: dict[str, str]) -> Iterator[Watched]:
     """A patient one."""
-    env = {"PYTHONPATH": str(REPO / "tests"), "SHOP_FIRST_URL": upstream.base_url, **settings}
+    env = {"PYTHONPATH": str(REPO / "tests"), "SHOP_FIRST_URL": upstream.base_url, "SHOP_HEALTH_TIMEOUT": "60s"}
+    env |= settings
     with servers.gunicorn(env, "shops.asking:shop()", None, ["-k", "gevent"], ready=None) as shop:
         yield Watched(upstream, {"service": shop.port}, "/ai/_relay/health")
 
@@ -504,9 +505,11 @@ def test_a_burst_of_1000_costs_the_upstream_two_requests_at_most(
         patient = service_with(upstream, {"RELAY_HEALTH_TTL": "1m"}, patient=True)
     with patient as watched, contextlib.ExitStack() as stack:
         port = "service" if where == "mounted" else where
-        burst = [stack.enter_context(Connection(watched.ports[port])) for _ in range(1000)]
-        for connection in burst:
-            connection.send("GET", watched.path)
+        burst = []
+        for _ in range(1000):
+            # Each asks at once: one that did not would be closed as idle before a slow test gets to it.
+            burst.append(stack.enter_context(Connection(watched.ports[port])))
+            burst[-1].send("GET", watched.path)
         upstream.wait_for(1, "/models")
         hanging.set()
         for connection in burst:

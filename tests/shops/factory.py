@@ -28,6 +28,7 @@ def create_app() -> Flask:
     app = Flask("factory")
     app.config["RELAY_UPSTREAM_URL"] = os.environ["SHOP_FIRST_URL"]
     app.config["RELAY_HEALTH_TTL"] = os.environ.get("SHOP_HEALTH_TTL", "10s")
+    app.config["RELAY_HEALTH_TIMEOUT"] = os.environ.get("SHOP_HEALTH_TIMEOUT", "3s")
     app.add_url_rule("/", "home", lambda: f"home is {url_for('home')}")
     relay.init_app(app)
     return app
