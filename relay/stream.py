@@ -395,7 +395,9 @@ class Stream:
 
     def cut(self) -> NoReturn:
         """End the connection so that nobody takes the body for whole, once there was time to read what came of it."""
-        self._resumed = monotonic()  # nothing is being written that could be stuck
+        # The server writes nothing now: breaking its write off would send a FIN, which an HTTP/1.0 client takes for the
+        # end of a whole body.
+        self._resumed = monotonic()
         give_up = self._resumed + _TO_READ
         while monotonic() < give_up:
             if self._waiter.wait(give_up) is GONE:

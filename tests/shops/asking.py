@@ -1,7 +1,7 @@
 """The service, or the factory's shop, where whoever asks for health waits for the probe as long as it takes.
 
-Elsewhere a caller waits a second and is then told the last state that is known: on a busy machine that would be what the
-upstream of the test before has answered.
+Elsewhere a caller waits a second and is then told the last state that is known: on a busy machine that would be what
+the upstream of the test before has answered.
 """
 
 from __future__ import annotations
