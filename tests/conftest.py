@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import servers
+from harness import SEED, servers
 from harness.client import Client
 from harness.upstream import Upstream
 from hypothesis import HealthCheck, settings
@@ -33,10 +33,16 @@ LONGEST = """
 """.split()
 
 # How long an example takes is the machine's affair, and the watchdog's.
-settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.register_profile(
+    "patient",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize=bool(SEED),
+    print_blob=True,
+)
 settings.load_profile("patient")
 
-WATCHDOG = 60  # seconds for one test with its fixtures
+WATCHDOG = 120  # seconds for one test with its fixtures
 _GRACE = 30  # more, until the process is ended because not even the alarm got through
 _LOG_TAIL = 8000
 

@@ -568,7 +568,6 @@ def reloads() -> dict[tuple[int, str], Future[None]]:
 
 @pytest.mark.parametrize("hop", ["direct", "nginx"])
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.watchdog(120)
 def test_reloads_lose_no_stream_and_refuse_no_request(
     hop: str, workers: int, reloads: dict[tuple[int, str], Future[None]]
 ) -> None:

@@ -8,7 +8,6 @@ generator is seeded: a failure names its seed, and RELAY_TEST_SEED repeats it.
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import re
 import socket
@@ -22,13 +21,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 from harness import DEADLINE, eventually, servers
+from harness import SEED as GIVEN_SEED
 from harness.client import Chunked, request
 from harness.upstream import Exchange, Upstream
 
 if TYPE_CHECKING:
     from harness.servers import Gunicorn
 
-SEED = int(os.environ.get("RELAY_TEST_SEED", "0")) or random.SystemRandom().randrange(1, 2**32)
+SEED = GIVEN_SEED or random.SystemRandom().randrange(1, 2**32)
 REQUESTS = 25_000
 AT_A_TIME = 24  # connections
 #: Seconds after which the client says that nothing more comes: what waits for the rest of a request must end then.

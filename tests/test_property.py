@@ -10,6 +10,7 @@ import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from harness import SEED
 from harness.cases import Case
 from harness.client import Chunked, Connection
 from hypothesis import HealthCheck, given, settings
@@ -78,7 +79,7 @@ def _sendings(draw: Any) -> Sending:
 
 _settings = settings(
     deadline=None,  # the watchdog's business
-    derandomize=False,
+    derandomize=bool(SEED),
     suppress_health_check=[
         HealthCheck.function_scoped_fixture,
         HealthCheck.too_slow,

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from harness import REPO, eventually
+from harness import REPO, SEED, eventually
 from harness.calm import Pulse
 from harness.upstream import Upstream
 from hypothesis import HealthCheck, Phase, given, settings
@@ -592,6 +592,7 @@ def examine(examples: int, certificates: Path | None = None) -> dict[str, int]:
             max_examples=examples,
             deadline=None,  # the watchdog's business
             database=None,
+            derandomize=bool(SEED),
             phases=[Phase.generate],  # real time: a second run of the same plan is another life
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
         )

@@ -6,6 +6,7 @@ nothing of the relay's code and imports none of it.
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
 
 REPO = Path(__file__).resolve().parents[2]
 
-DEADLINE = 10.0  # seconds; what takes longer on loopback is stuck, not slow
+DEADLINE = 20.0  # seconds; what takes longer on loopback is stuck, not slow
+
+#: What tests draw at random: with this in the environment the same in each run, else something new.
+SEED = int(os.environ.get("RELAY_TEST_SEED") or 0)
 
 
 class DeadlineExceeded(AssertionError):
