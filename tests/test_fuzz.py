@@ -2,7 +2,7 @@
 
 The upstream answers 200 to everything and echoes what it got, so that whatever else comes back is the relay's own
 doing. Requests are pipelined in batches; each valid one has a tag of its own, and its answer must have the same. The
-generator is seeded: a failure names its seed, and RELAY_TEST_SEED repeats it.
+generator is seeded: a failure names its seed, and TEST_SEED repeats it.
 """
 
 from __future__ import annotations
@@ -386,7 +386,7 @@ def fuzzed() -> Iterator[tuple[Upstream, Gunicorn]]:
 
 def judge(talk: Talk, statuses: Counter[int]) -> None:
     """What must hold of a connection, whatever was sent on it."""
-    context = f"RELAY_TEST_SEED={SEED}, the request that is none: {talk.sent[-2].data[:600]!r}"
+    context = f"TEST_SEED={SEED}, the request that is none: {talk.sent[-2].data[:600]!r}"
     assert not talk.hung, f"no end within {DEADLINE:g} s: {context}"
     parse(talk)
     assert len(talk.answers) <= len(talk.sent) + 2, context  # what is hostile may hold a second and a third request
@@ -417,12 +417,12 @@ def check_framing(upstream: Upstream, talks: list[Talk]) -> None:
             framed_by[path.decode()] = talk.sent[-2].data.partition(b"\r\n\r\n")[0]
     assert len(framed_by) > 100
     paths = {ex.path for ex in upstream.seen()}
-    assert "/inside" not in paths, f"RELAY_TEST_SEED={SEED}: a valid request's body was taken for a request"
+    assert "/inside" not in paths, f"TEST_SEED={SEED}: a valid request's body was taken for a request"
     for path in paths & set(framed_by):
         head = framed_by[path]
         lengths = re.findall(rb"(?m)^Content-Length: (.*)\r?$", head)
         sure = len(lengths) == 1 and re.fullmatch(rb"0*[05]\r?", lengths[0]) and b"Transfer-Encoding" not in head
-        assert sure, f"RELAY_TEST_SEED={SEED}: {head!r} was followed by another request"
+        assert sure, f"TEST_SEED={SEED}: {head!r} was followed by another request"
 
 
 @pytest.mark.slow

@@ -427,18 +427,21 @@ def test_a_tls_handshake_that_trickles_in_counts_as_hanging(tmp_path: Path) -> N
     context = authority.issue("upstream", "IP:127.0.0.1")
     slow, over = threading.Event(), threading.Event()
 
+    def answer(plain: socket.socket) -> None:
+        if slow.is_set():
+            plain.sendall(b"\x16\x03\x03\x3f\xff")  # a record of 16 KiB
+            while not over.wait(0.05):
+                plain.sendall(b"x")
+        with context.wrap_socket(plain, server_side=True) as sock:
+            sock.recv(65536)
+            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
+
     def serve(listener: socket.socket) -> None:
-        while True:
-            plain, _ = listener.accept()
-            with contextlib.suppress(OSError), plain:
-                if slow.is_set():
-                    plain.sendall(b"\x16\x03\x03\x3f\xff")  # a record of 16 KiB
-                    while not over.wait(0.05):
-                        plain.sendall(b"x")
-                    return
-                with context.wrap_socket(plain, server_side=True) as sock:
-                    sock.recv(65536)
-                    sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
+        with contextlib.suppress(OSError):  # the test is over
+            while True:
+                plain, _ = listener.accept()
+                with contextlib.suppress(OSError), plain:  # the probe has given up
+                    answer(plain)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         settings = {

@@ -19,7 +19,7 @@ REPO = Path(__file__).resolve().parents[2]
 DEADLINE = 20.0  # seconds; what takes longer on loopback is stuck, not slow
 
 #: What tests draw at random: with this in the environment the same in each run, else something new.
-SEED = int(os.environ.get("RELAY_TEST_SEED") or 0)
+SEED = int(os.environ.get("TEST_SEED") or 0)
 
 
 class DeadlineExceeded(AssertionError):
