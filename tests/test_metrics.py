@@ -166,11 +166,10 @@ def test_of_two_addresses_with_one_port_only_one_has_them(
     monkeypatch: pytest.MonkeyPatch, bind: str, admin: str, path: str
 ) -> None:
     monkeypatch.setattr(log, "_emit", log._emit)  # the app's goes to standard output
-    with socket.create_server(("127.0.0.1", 0)) as for_admin:
-        port = for_admin.getsockname()[1]
-        with socket.create_server(("127.0.0.2", port)) as for_all:
-            settings = {"RELAY_UPSTREAM_URL": "http://127.0.0.1:1", "RELAY_ALLOW_ANONYMOUS": "on"}
-            binds = {"RELAY_BIND": f"{bind}:{port}", "RELAY_ADMIN_BIND": f"{admin}:{port}"}
-            client = create_app({**settings, **binds}).test_client()
-            for sock, status in ((for_all, 404), (for_admin, 200)):
-                assert client.get(path, environ_overrides={"gunicorn.socket": sock}).status_code == status
+    port = servers.free_port()
+    with socket.create_server(("127.0.0.1", port)) as for_admin, socket.create_server(("127.0.0.2", port)) as for_all:
+        settings = {"RELAY_UPSTREAM_URL": "http://127.0.0.1:1", "RELAY_ALLOW_ANONYMOUS": "on"}
+        binds = {"RELAY_BIND": f"{bind}:{port}", "RELAY_ADMIN_BIND": f"{admin}:{port}"}
+        client = create_app({**settings, **binds}).test_client()
+        for sock, status in ((for_all, 404), (for_admin, 200)):
+            assert client.get(path, environ_overrides={"gunicorn.socket": sock}).status_code == status

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +14,6 @@ from harness import DeadlineExceeded, eventually, servers
 from harness.client import Connection, request
 from harness.upstream import Upstream
 from test_prompts import STREAM, chunk, flood
-
-from relay import app
-from relay.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -195,16 +191,3 @@ def test_the_admin_address_has_nothing_of_the_relay_itself(relay: Gunicorn, upst
     for path in ("/health/live", "/health/ready", "/metrics", "/streams"):
         assert request(relay.admin_port, "GET", path).status == 200
     assert len(upstream.seen()) == asked
-
-
-def test_one_port_on_two_addresses_keeps_them_apart() -> None:
-    """The service's own address is not taken for the admin's because it has the same port."""
-    with socket.create_server(("127.0.0.2", 0)) as listener:
-        port = listener.getsockname()[1]
-        with socket.create_connection(("127.0.0.2", port)), listener.accept()[0] as accepted:
-            for admin, other in (("127.0.0.2", "127.0.0.1"), ("127.0.0.1", "127.0.0.2")):
-                settings = Settings.from_mapping(
-                    {"RELAY_BIND": f"{other}:{port}", "RELAY_ADMIN_BIND": f"{admin}:{port}"}, service=True
-                )
-                with app.Flask("app").test_request_context(environ_overrides={"gunicorn.socket": accepted}):
-                    assert app._on_admin_address(settings) is (admin == "127.0.0.2")
