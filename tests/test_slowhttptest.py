@@ -38,8 +38,10 @@ pytestmark = [
 
 
 @contextlib.contextmanager
-def slowly(port: int, way: str, connections: int, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """slowhttptest at work on this port; its words go to a file in the folder."""
+def slowly(
+    port: int, way: str, connections: int, folder: Path, seconds: int = SECONDS
+) -> Iterator[subprocess.Popen[bytes]]:
+    """slowhttptest at work on this port for so long; its words go to a file in the folder."""
     command = ["slowhttptest", *WAYS[way], "-u", f"http://127.0.0.1:{port}/v1/slow"]
     command += [
         "-c",
@@ -51,7 +53,7 @@ def slowly(port: int, way: str, connections: int, folder: Path) -> Iterator[subp
         "-x",
         "10",
         "-l",
-        str(SECONDS),
+        str(seconds),
         "-p",
         "5",
     ]
@@ -127,15 +129,21 @@ def served_meanwhile(once: Callable[[], float], attacks: list[subprocess.Popen[b
 def test_slow_heads_and_bodies_by_the_thousand_do_not_stop_others(behind_nginx: Service, tmp_path: Path) -> None:
     """A thousand of each at once."""
     port, upstream = behind_nginx.port, behind_nginx.upstream
-    with (
-        client(port, upstream, behind_nginx.mount) as once,
-        slowly(port, "heads", 1000, tmp_path) as heads,
-        slowly(port, "bodies", 1000, tmp_path) as bodies,
-    ):
-        served_meanwhile(once, [heads, bodies])
-    for way in WAYS:
-        assert max(map(int, told(tmp_path, way, "connected"))) > 900, f"too few of the slow {way}"
-        assert set(told(tmp_path, way, "service available")) == {"YES"}
+
+    def attacked(seconds: int) -> int:
+        """So many it had open at once of the way of which it had fewer."""
+        with (
+            client(port, upstream, behind_nginx.mount) as once,
+            slowly(port, "heads", 1000, tmp_path, seconds) as heads,
+            slowly(port, "bodies", 1000, tmp_path, seconds) as bodies,
+        ):
+            served_meanwhile(once, [heads, bodies])
+        for way in WAYS:
+            assert set(told(tmp_path, way, "service available")) == {"YES"}
+        return min(max(map(int, told(tmp_path, way, "connected"))) for way in WAYS)
+
+    # Opening them takes longer on a machine in full use.
+    assert attacked(SECONDS) > 900 or attacked(3 * SECONDS) > 900, "too few of them"
     # What it sent to see whether the service is up has gone upstream, and nothing of its bodies.
     assert {ex.method for ex in upstream.seen("/slow")} <= {b"GET"}
     upstream.forget("/slow")
