@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from relay import errors, sse, waiting
@@ -383,7 +384,7 @@ class Stream:
         if not begun:
             self._step = Stream._stop
             headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), *error.headers()]
-            self._start(error.status, _REASONS.get(error.status, "Error"), headers + SANDBOX)
+            self._start(error.status, HTTPStatus(error.status).phrase, headers + SANDBOX)
             return body
         self._step = Stream.cut
         if tracker is not None and tracker.at_boundary:
@@ -507,6 +508,3 @@ class Stream:
 
 def _nothing() -> None:
     pass
-
-
-_REASONS = {429: "Too Many Requests", 502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout"}
