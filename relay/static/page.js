@@ -2,7 +2,7 @@
 //
 // The key lives in its field and nowhere else. All addresses are relative to the page, which may be anywhere.
 
-import { stream, textOf } from "./relay-client.js";
+import { endsChat, stream, textOf } from "./relay-client.js";
 import { duration } from "./page-gaps.js";
 import { watchHealth } from "./page-health.js";
 import { copy, Log } from "./page-log.js";
@@ -23,9 +23,6 @@ let lastPrompt = "";
 
 const say = (text) => (status.textContent = text);
 
-/** The marks that end a whole answer: OpenAI's, Anthropic's. */
-const isEnd = ({ event, data }) => data === "[DONE]" || event === "message_stop";
-
 async function ask(text) {
   lastPrompt = text;
   const body = { messages: log.messages(text) };
@@ -44,13 +41,13 @@ async function ask(text) {
       body,
       headers,
       signal: abort.signal,
-      endMarker: isEnd,
+      endMarker: endsChat,
       maxReconnectAttempts: 0, // a question asked twice is paid for twice; "Try again" is a person's decision
       onMessage: (message) => {
         if (measure.events === 0) say("Answer started.");
         measure.event();
         why = CUT_SHORT.exec(message.data)?.[1] ?? why;
-        if (!isEnd(message)) turn.text.add(textOf(message));
+        if (!endsChat(message)) turn.text.add(textOf(message));
       },
       onProgress: (progress) => measure.progress(progress),
     });

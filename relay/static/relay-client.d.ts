@@ -126,6 +126,9 @@ export class EventParser {
 /** `plain`: the data of a `message` is the text whatever it looks like, as from the relay's /chat/stream. */
 export function textOf(message: Pick<Message, "event" | "data">, options?: { plain?: boolean }): string;
 
+/** Whether a message ends a whole answer of /api/stream-chat: OpenAI's `[DONE]`, or Anthropic's `message_stop`. */
+export function endsChat(message: Pick<Message, "event" | "data">): boolean;
+
 export interface ChatMessage {
   role: string;
   content: unknown;

@@ -671,7 +671,7 @@ class EventStream {
 }
 
 /** The end of a whole answer of /api/stream-chat, which is the upstream's own: OpenAI's, or Anthropic's. */
-const endsChat = ({ event, data }) => data === "[DONE]" || event === "message_stop";
+export const endsChat = ({ event, data }) => data === "[DONE]" || event === "message_stop";
 
 /** Chats with the relay's POST /api/stream-chat, which builds the chat request. Options as for stream(), and `url`. */
 export class ChatStream {
