@@ -115,22 +115,23 @@ def _hasty(upstream: Upstream) -> Iterator[Watched]:
         yield watched
 
 
+def for_one_test(watched: Watched) -> Iterator[Watched]:
+    watched.answers(ok)
+    yield watched
+    watched.upstream.forget("/models")
+    watched.upstream.check()
+
+
 @pytest.fixture
 def hasty(_hasty: Watched) -> Iterator[Watched]:
     """The same, with the time-outs that a test can wait for."""
-    _hasty.answers(ok)
-    yield _hasty
-    _hasty.upstream.forget("/models")
-    _hasty.upstream.check()
+    yield from for_one_test(_hasty)
 
 
 @pytest.fixture
 def keyed(_keyed: Watched) -> Iterator[Watched]:
     """With a key; each question is a probe."""
-    _keyed.answers(ok)
-    yield _keyed
-    _keyed.upstream.forget("/models")
-    _keyed.upstream.check()
+    yield from for_one_test(_keyed)
 
 
 @pytest.fixture(scope="module")
@@ -141,10 +142,7 @@ def _mounted(upstream: Upstream) -> Iterator[Watched]:
 
 @pytest.fixture
 def mounted(_mounted: Watched) -> Iterator[Watched]:
-    _mounted.answers(ok)
-    yield _mounted
-    _mounted.upstream.forget("/models")
-    _mounted.upstream.check()
+    yield from for_one_test(_mounted)
 
 
 @pytest.fixture(scope="module")
