@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from relay import errors
-from relay.eventsource import Parser
+from relay.wire.sse_parser import Parser
 
 if TYPE_CHECKING:
-    from relay.eventsource import Event
+    from relay.wire.sse_parser import Event
 
 #: Characters of an upstream's error message that are passed on, and of its type and code.
 _MOST_MESSAGE, _MOST_NAME = 2000, 100

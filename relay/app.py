@@ -14,9 +14,9 @@ from relay import cors, environment, errors, listing, log
 from relay.blueprint import Relay
 from relay.metrics import CONTENT_TYPE, metrics
 from relay.parts import PARTS, routes
-from relay.paths import METHODS
 from relay.settings import Settings, split_bind
 from relay.views import answers, state
+from relay.wire.target import METHODS
 
 if TYPE_CHECKING:
     from relay.mount import Mount

@@ -11,9 +11,9 @@ from werkzeug.routing import BaseConverter
 from relay import cors, errors
 from relay.mount import EndHook, HeadersHook, Mount
 from relay.parts import MOUNTED, check, routes
-from relay.paths import METHODS
 from relay.settings import Settings
 from relay.views import answers, relayed, state
+from relay.wire.target import METHODS
 
 if TYPE_CHECKING:
     from flask.blueprints import BlueprintSetupState

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from flask import Flask, request
 
 from relay import access
-from relay.paths import METHODS
 from relay.views import answers
+from relay.wire.target import METHODS
 
 if TYPE_CHECKING:
     from flask import Response

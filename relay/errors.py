@@ -1,7 +1,7 @@
 """The relay's own errors: each knows its HTTP status, its code and the end reason of its stream.
 
 No Flask and no sockets in here. An error is raised where it is noticed and translated once, at the boundary:
-into a JSON response while nothing has been sent, into an error frame (`relay.sse`) afterwards. None of them is an
+into a JSON response while nothing has been sent, into an error frame (`relay.wire.sse`) afterwards. None of them is an
 OSError, because a WSGI server takes an OSError out of an application for trouble with the client and answers
 nothing at all; the one exception is `StreamCut`, whose purpose is exactly that.
 """

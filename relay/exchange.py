@@ -10,7 +10,8 @@ import socket
 import ssl
 from typing import TYPE_CHECKING, Any, Protocol
 
-from relay import errors, http1
+from relay import errors
+from relay.wire import http1
 
 if TYPE_CHECKING:
     from collections.abc import Callable

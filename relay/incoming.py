@@ -10,7 +10,8 @@ from urllib.parse import quote, unquote_to_bytes
 
 from werkzeug.exceptions import RequestEntityTooLarge
 
-from relay import errors, paths, sse
+from relay import errors
+from relay.wire import sse, target
 
 if TYPE_CHECKING:
     from flask import Request
@@ -40,7 +41,7 @@ def raw_target(environ: dict[str, Any], rest: str) -> tuple[str, str | None]:
     below = "/".join(path_info.split("/")[-1 - slashes :]) if slashes >= 0 else ""
     raw = environ.get("RAW_URI") or environ.get("REQUEST_URI")
     if raw:
-        path, query = paths.split_target(str(raw))
+        path, query = target.split_target(str(raw))
         if "#" in path:
             return path, query  # servers cut it off in PATH_INFO; here it shows, and is refused
         for encoding in ("latin-1", "utf-8"):  # the second is what gunicorn makes of bytes beyond ASCII in PATH_INFO

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from relay import log, waiting
 from relay.drain import drain
-from relay.headers import RequestHeaders, check_field
 from relay.health import Health
 from relay.keys import ClientKeys
 from relay.limits import Admission, streams_that_files_allow
@@ -20,6 +19,7 @@ from relay.record import Record
 from relay.settings import SettingsError
 from relay.shared import Leases, Store
 from relay.upstream import Upstream
+from relay.wire.headers import RequestHeaders, check_field
 
 if TYPE_CHECKING:
     from relay.settings import Settings

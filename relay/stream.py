@@ -13,20 +13,21 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from relay import errors, sse, waiting
+from relay import errors, waiting
 from relay.drain import drain
-from relay.headers import SANDBOX, UNBUFFERED, response_headers
 from relay.metrics import metrics
 from relay.usage import Excerpt
 from relay.waiting import GONE, READY
 from relay.waiting import client as client_socket
+from relay.wire import sse
+from relay.wire.headers import SANDBOX, UNBUFFERED, response_headers
 
 if TYPE_CHECKING:
     from relay.exchange import Exchange
-    from relay.http1 import Head
     from relay.limits import Admission, Lease
     from relay.record import Record
     from relay.settings import Settings
+    from relay.wire.http1 import Head
 
 Headers = list[tuple[str, str]]
 monotonic = time.monotonic

@@ -21,12 +21,13 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from relay import errors, sse, waiting
+from relay import errors, waiting
 from relay.drain import drain
-from relay.headers import SANDBOX, UNBUFFERED
 from relay.version import __version__
 from relay.waiting import GONE
 from relay.waiting import client as client_socket
+from relay.wire import sse
+from relay.wire.headers import SANDBOX, UNBUFFERED
 
 if TYPE_CHECKING:
     from relay.settings import Settings

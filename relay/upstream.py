@@ -24,8 +24,8 @@ from urllib3.util.wait import wait_for_read
 from relay import errors
 from relay.connections import HTTPPool, HTTPSPool
 from relay.exchange import READ_SIZE, Aborted, Exchange
-from relay.headers import CREDENTIALS, check_field
-from relay.paths import join
+from relay.wire.headers import CREDENTIALS, check_field
+from relay.wire.target import join
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

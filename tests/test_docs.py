@@ -21,8 +21,9 @@ from harness.client import request
 from harness.upstream import Upstream
 from test_floors import FLOORS
 
-from relay import headers, metrics
+from relay import metrics
 from relay.settings import SETTINGS
+from relay.wire import headers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

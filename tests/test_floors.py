@@ -15,25 +15,17 @@ PACKAGE = Path(relay.__file__).parent
 
 # README.md, "Development". A new module gets its floor here: the lowest on which it can stand.
 FLOORS = {
-    0: ["sse", "headers", "errors", "paths", "http1", "record", "usage", "eventsource", "answer", "prompts", "version"],
-    1: ["settings", "waiting", "limits", "environment", "cpus", "metrics", "names", "drain", "keys", "presence"],
-    2: [
-        "upstream",
-        "connections",
-        "exchange",
-        "stream",
-        "incoming",
-        "access",
-        "log",
-        "rates",
-        "shared",
-        "ticks",
-        "textview",
-        "listing",
-        "client",
-    ],
-    3: ["health", "mount", "views", "parts", "cors", "blueprint"],
-    4: ["app", "demo", "cli", "chat", "doctor", "gunicorn_conf", "worker", "__main__"],
+    0: ["errors", "version"],
+    1: ["wire"],
+    2: ["llm", "settings", "answer", "usage", "prompts", "environment"],
+    3: ["record", "observe", "client", "log", "metrics"],
+    4: ["upstream", "shared", "connections", "exchange", "names", "health", "demo", "presence"],
+    5: ["gate", "access", "keys", "rates", "limits"],
+    6: ["stream", "ticks", "drain", "waiting"],
+    7: ["textview"],
+    8: ["web", "blueprint", "mount", "parts", "cors", "incoming", "views"],
+    9: ["service", "cli", "app", "listing", "cpus", "chat", "doctor"],
+    10: ["gunicorn_conf", "worker", "__main__"],
 }
 FLOOR = {f"relay.{name}": floor for floor, names in FLOORS.items() for name in names}
 
@@ -52,12 +44,12 @@ ONLY_HERE = {
     "relay.client.connection": "the other end, where the environment's proxies and certificates count",
 }
 PURE = [
-    "relay.sse",
-    "relay.headers",
+    "relay.wire.sse",
+    "relay.wire.headers",
     "relay.errors",
-    "relay.http1",
-    "relay.paths",
-    "relay.eventsource",
+    "relay.wire.http1",
+    "relay.wire.target",
+    "relay.wire.sse_parser",
     "relay.answer",
     "relay.prompts",
     "relay.textview.events",

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay import errors
-from relay.headers import (
+from relay.wire.headers import (
     SANDBOX,
     UNBUFFERED,
     RequestHeaders,

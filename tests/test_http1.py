@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from relay import http1
+from relay.wire import http1
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

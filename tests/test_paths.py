@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.paths import (
+from relay.wire.target import (
     ALLOW_EVERYTHING,
     DEFAULT_ALLOW_WITH_KEY,
     METHODS,

@@ -19,8 +19,8 @@ from harness import cases, eventually, llm, own_cases, servers, turns
 from harness.client import Connection, request
 from harness.upstream import PeerGone, Upstream
 
-from relay.eventsource import Parser
 from relay.prompts import Pace, Prompt
+from relay.wire.sse_parser import Parser
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

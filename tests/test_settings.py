@@ -16,8 +16,8 @@ from dotenv import dotenv_values
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from relay.paths import ALLOW_EVERYTHING, DEFAULT_ALLOW_WITH_KEY, allows
 from relay.settings import GROUPS, SETTINGS, Setting, Settings, SettingsError, loopback
+from relay.wire.target import ALLOW_EVERYTHING, DEFAULT_ALLOW_WITH_KEY, allows
 
 ENV_EXAMPLE = (Path(__file__).parent.parent / ".env.example").read_text(encoding="utf-8")
 UPSTREAM = {"RELAY_UPSTREAM_URL": "https://api.example/v1"}

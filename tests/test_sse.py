@@ -9,7 +9,8 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from relay import errors, sse
+from relay import errors
+from relay.wire import sse
 
 BOM = b"\xef\xbb\xbf"
 

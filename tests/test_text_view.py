@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from relay import errors
 from relay.answer import Answer, Joiner, failure_in_body
-from relay.eventsource import Event, Parser, TooLarge
+from relay.wire.sse_parser import Event, Parser, TooLarge
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -20,7 +20,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.exceptions import HTTPError, NewConnectionError, ProtocolError, ReadTimeoutError
 
 from relay.client.errors import Cut, NotAnEventStream, Refused, Stalled, StreamError, Unreachable
-from relay.sse import is_event_stream
+from relay.wire.sse import is_event_stream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

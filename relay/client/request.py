@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from relay.headers import check_field
 from relay.version import __version__
+from relay.wire.headers import check_field
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -20,14 +20,14 @@ from relay.client.connection import Connection
 from relay.client.errors import Cut, ErrorFrame, StreamError
 from relay.client.request import Request, build
 from relay.client.textview import PATHS, TextView
-from relay.eventsource import Parser, TooLarge
+from relay.wire.sse_parser import Parser, TooLarge
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from typing_extensions import Self
 
-    from relay import eventsource
+    from relay.wire import sse_parser
 
 #: Seconds that a connection may stay open behind a whole answer: it is read to its end, so that the relay's log has it
 #: as done, but nobody is kept waiting for it.
@@ -110,7 +110,7 @@ class Stream(Generic[Piece]):
             self._linger.daemon = True
             self._linger.start()
 
-    def _take(self, event: eventsource.Event) -> None:
+    def _take(self, event: sse_parser.Event) -> None:
         self.events += 1
         text = ""
         if not self._answer.ended:

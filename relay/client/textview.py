@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from relay.answer import failure
 
 if TYPE_CHECKING:
-    from relay.eventsource import Event
+    from relay.wire.sse_parser import Event
 
 PATHS = ("chat/stream", "stream/aware")
 

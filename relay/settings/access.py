@@ -11,9 +11,9 @@ import json
 import re
 from pathlib import Path
 
-from relay.paths import AllowRule, parse_allow
 from relay.settings.places import reason
 from relay.settings.values import TOKEN, FaultError, Kind, as_items, as_text, required
+from relay.wire.target import AllowRule, parse_allow
 
 # Visible latin-1 (RFC 9110 §5.5, obs-text included): a key with a space or newline
 # inside is a slip of the clipboard, and a header of its own at worst.

@@ -13,12 +13,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from relay.paths import ALLOW_EVERYTHING, DEFAULT_ALLOW_WITH_KEY, AllowRule
 from relay.settings.access import carries_key
 from relay.settings.places import PORTS
 from relay.settings.rules import adds_key, broken_rules
 from relay.settings.table import PREFIX, SETTINGS, Setting
 from relay.settings.values import FaultError
+from relay.wire.target import ALLOW_EVERYTHING, DEFAULT_ALLOW_WITH_KEY, AllowRule
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

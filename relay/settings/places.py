@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
-from relay.paths import bad_target
 from relay.settings.values import FaultError, Kind, as_items, as_text, required
+from relay.wire.target import bad_target
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from relay import errors
 from relay.answer import Answer
-from relay.eventsource import Parser, TooLarge
+from relay.wire.sse_parser import Parser, TooLarge
 
 if TYPE_CHECKING:
     from relay.prompts import Pace

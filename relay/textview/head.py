@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from relay import sse
-from relay.headers import SANDBOX, UNBUFFERED
+from relay.wire import sse
+from relay.wire.headers import SANDBOX, UNBUFFERED
 
 if TYPE_CHECKING:
     from relay.errors import RelayError

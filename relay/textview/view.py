@@ -10,10 +10,11 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from relay import errors, sse
+from relay import errors
 from relay.answer import failure_in_body
 from relay.drain import drain
 from relay.textview.events import TextEvents, event, json_event
+from relay.wire import sse
 
 if TYPE_CHECKING:
     from collections.abc import Callable

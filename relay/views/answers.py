@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from flask import Response, current_app, request
 
 from relay import access, errors, log
-from relay.headers import SANDBOX, sane_request_id
 from relay.metrics import metrics
+from relay.wire.headers import SANDBOX, sane_request_id
 
 if TYPE_CHECKING:
     from relay.stream import Headers

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from flask import Response, g, request
 
 from relay import access, errors
-from relay.headers import CREDENTIALS
-from relay.paths import allows
 from relay.record import Record
 from relay.stream import Stream
 from relay.views import answers
+from relay.wire.headers import CREDENTIALS
+from relay.wire.target import allows
 
 if TYPE_CHECKING:
     from relay.exchange import Exchange

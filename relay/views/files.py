@@ -9,8 +9,8 @@ from pathlib import Path
 from flask import Response, request
 
 from relay import errors
-from relay.headers import SANDBOX
 from relay.views import answers
+from relay.wire.headers import SANDBOX
 
 FOLDER = Path(__file__).resolve().parent.parent / "static"
 

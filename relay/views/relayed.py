@@ -9,9 +9,9 @@ from flask import Response, request
 
 from relay import errors, ticks
 from relay.incoming import asks_for_events, check_model, raw_target, read_body, says
-from relay.paths import METHODS, bad_target
 from relay.views import answers, calls
 from relay.views.calls import Call
+from relay.wire.target import METHODS, bad_target
 
 if TYPE_CHECKING:
     from relay.mount import Mount
