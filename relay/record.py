@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from relay.usage import Usage
+    from relay.llm.usage import Usage
 
 
 @dataclass(slots=True, eq=False)

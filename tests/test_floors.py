@@ -17,7 +17,7 @@ PACKAGE = Path(relay.__file__).parent
 FLOORS = {
     0: ["errors", "version"],
     1: ["wire"],
-    2: ["llm", "settings", "answer", "usage", "prompts", "environment"],
+    2: ["llm", "settings", "environment"],
     3: ["record", "observe", "client", "log", "metrics"],
     4: ["upstream", "shared", "connections", "exchange", "names", "health", "demo", "presence"],
     5: ["gate", "access", "keys", "rates", "limits"],
@@ -50,8 +50,8 @@ PURE = [
     "relay.wire.http1",
     "relay.wire.target",
     "relay.wire.sse_parser",
-    "relay.answer",
-    "relay.prompts",
+    "relay.llm.answer",
+    "relay.llm.prompt",
     "relay.textview.events",
     "relay.textview.head",
 ]

@@ -19,7 +19,7 @@ from harness import cases, eventually, llm, own_cases, servers, turns
 from harness.client import Connection, request
 from harness.upstream import PeerGone, Upstream
 
-from relay.prompts import Pace, Prompt
+from relay.llm.prompt import Pace, Prompt
 from relay.wire.sse_parser import Parser
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay import errors
-from relay.answer import Answer, Joiner, failure_in_body
+from relay.llm.answer import Answer, Joiner, failure_in_body
 from relay.wire.sse_parser import Event, Parser, TooLarge
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from harness import cases
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.usage import KEPT, Excerpt, Usage
+from relay.llm.usage import KEPT, Excerpt, Usage
 
 
 def usage_of(*pieces: bytes) -> Usage | None:

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, overload
 
 from relay import errors
-from relay.answer import Answer
 from relay.client.connection import Connection
 from relay.client.errors import Cut, ErrorFrame, StreamError
 from relay.client.request import Request, build
 from relay.client.textview import PATHS, TextView
+from relay.llm.answer import Answer
 from relay.wire.sse_parser import Parser, TooLarge
 
 if TYPE_CHECKING:

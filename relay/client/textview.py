@@ -1,6 +1,6 @@
 """What the relay's own text view says (`/chat/stream`, `/stream/aware`): text as it is, and how the answer ends.
 
-The same to read from as relay.answer.Answer, which reads what APIs say.
+The same to read from as relay.llm.answer.Answer, which reads what APIs say.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from relay.answer import failure
+from relay.llm.answer import failure
 
 if TYPE_CHECKING:
     from relay.wire.sse_parser import Event

@@ -1,7 +1,7 @@
 """A stream as text: reads an upstream's event stream and gives the server events of plain text in its place.
 
 `view` is the WSGI iterable and says when something is sent, `events` what, and `head` under which head. What the
-upstream's events mean is known to `relay.answer`.
+upstream's events mean is known to `relay.llm.answer`.
 """
 
 from __future__ import annotations

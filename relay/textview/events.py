@@ -11,11 +11,11 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from relay import errors
-from relay.answer import Answer
+from relay.llm.answer import Answer
 from relay.wire.sse_parser import Parser, TooLarge
 
 if TYPE_CHECKING:
-    from relay.prompts import Pace
+    from relay.llm.prompt import Pace
 
 monotonic = time.monotonic
 _NEVER = float("inf")

@@ -11,16 +11,16 @@ import time
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from relay import errors
-from relay.answer import failure_in_body
 from relay.drain import drain
+from relay.llm.answer import failure_in_body
 from relay.textview.events import TextEvents, event, json_event
 from relay.wire import sse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from relay.llm.prompt import Pace
     from relay.presence import Presence
-    from relay.prompts import Pace
     from relay.settings import Settings
     from relay.stream import Headers, Stream
     from relay.textview.head import Head

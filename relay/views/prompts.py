@@ -9,8 +9,8 @@ from flask import Response, request
 
 from relay import errors, log, presence
 from relay.incoming import check_named, read_body
+from relay.llm.prompt import Prompt
 from relay.presence import Presence
-from relay.prompts import Prompt
 from relay.textview import Head, TextView
 from relay.views import answers, calls
 from relay.views.calls import Call
