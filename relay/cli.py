@@ -118,8 +118,8 @@ def check_key() -> None:
 
 def _settings() -> tuple[Mapping[str, object], Settings]:
     """What is set, and the settings that it comes to. Ends with status 78 and every fault if some are wrong."""
-    from relay.environment import environment
     from relay.settings import Settings, SettingsError
+    from relay.settings.environment import environment
 
     try:
         given = environment()

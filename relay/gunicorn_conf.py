@@ -22,8 +22,12 @@ import tempfile  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
-from relay import cpus, environment, listing, presence  # noqa: E402
-from relay.settings import Settings, SettingsError  # noqa: E402
+from relay import cpus, listing, presence  # noqa: E402
+from relay.settings import (  # noqa: E402
+    Settings,
+    SettingsError,
+    environment,
+)
 
 #: Streams a worker takes when RELAY_MAX_STREAMS is not set.
 _STREAMS = 900

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from harness import REPO, eventually, servers
 
-from relay import cpus, environment
-from relay.settings import Settings
+from relay import cpus
+from relay.settings import Settings, environment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -97,8 +97,8 @@ def _headers(key: str | None, given: tuple[str, ...]) -> list[tuple[str, str]]:
 
 def _beside_the_service() -> tuple[tuple[str, ...], Settings | None]:
     """The faults of the settings in this folder and environment, and the settings; nothing where there are none."""
-    from relay.environment import environment
     from relay.settings import Settings, SettingsError
+    from relay.settings.environment import environment
 
     try:
         given = environment()

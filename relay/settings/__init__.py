@@ -6,8 +6,8 @@ to an object. Nothing here reads the process's environment.
 
 from __future__ import annotations
 
+from relay.settings.addresses import loopback, split_bind
 from relay.settings.model import Settings, SettingsError
-from relay.settings.places import loopback, split_bind
 from relay.settings.table import GROUPS, SETTINGS, Setting
 
 __all__ = [

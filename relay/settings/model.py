@@ -13,8 +13,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from relay.settings.access import carries_key
-from relay.settings.places import PORTS
+from relay.settings.addresses import PORTS
+from relay.settings.credentials import carries_key
 from relay.settings.rules import adds_key, broken_rules
 from relay.settings.table import PREFIX, SETTINGS, Setting
 from relay.settings.values import FaultError
@@ -23,7 +23,7 @@ from relay.wire.target import ALLOW_EVERYTHING, DEFAULT_ALLOW_WITH_KEY, AllowRul
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from relay.settings.places import Network
+    from relay.settings.addresses import Network
 
 # The longest value that a message repeats.
 _SHOWN = 120

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from relay.settings.access import carries_key
-from relay.settings.places import clash, loopback
+from relay.settings.addresses import clash, loopback
+from relay.settings.credentials import carries_key
 
 Values: TypeAlias = Mapping[str, Any]
 

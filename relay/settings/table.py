@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from relay.settings.access import ALLOW, CLIENT_KEYS, HEADER_NAMES, HEADERS, KEY, KEY_HEADER, QUERY
-from relay.settings.places import (
+from relay.settings.addresses import (
     BIND,
     BIND_OR_OFF,
     HEALTH_PATH,
@@ -21,6 +20,7 @@ from relay.settings.places import (
     PROXY,
     UPSTREAM_URL,
 )
+from relay.settings.credentials import ALLOW, CLIENT_KEYS, HEADER_NAMES, HEADERS, KEY, KEY_HEADER, QUERY
 from relay.settings.values import NAME, NAMES, RATE, SWITCH, Kind, count, duration, size
 
 PREFIX = "RELAY_"

@@ -11,7 +11,7 @@ import json
 import re
 from pathlib import Path
 
-from relay.settings.places import reason
+from relay.settings.addresses import reason
 from relay.settings.values import TOKEN, FaultError, Kind, as_items, as_text, required
 from relay.wire.target import AllowRule, parse_allow
 
