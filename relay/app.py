@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from flask import Flask, Response, current_app, request
 from werkzeug.exceptions import HTTPException
 
-from relay import cors, errors, listing, log
+from relay import cors, errors, listing
 from relay.blueprint import Relay
-from relay.metrics import CONTENT_TYPE, metrics
+from relay.observe import log
+from relay.observe.metrics import CONTENT_TYPE, metrics
 from relay.parts import PARTS, routes
 from relay.settings import Settings, environment, split_bind
 from relay.views import answers, state

@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from relay import errors
-from relay.metrics import metrics
+from relay.observe.metrics import metrics
 
 if TYPE_CHECKING:
     from relay.settings import Settings

@@ -8,12 +8,13 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from relay import log, waiting
+from relay import waiting
 from relay.drain import drain
 from relay.health import Health
 from relay.keys import ClientKeys
 from relay.limits import Admission, streams_that_files_allow
-from relay.metrics import metrics
+from relay.observe import log
+from relay.observe.metrics import metrics
 from relay.rates import Rates
 from relay.record import Record
 from relay.settings import SettingsError

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from relay import errors
-from relay.metrics import metrics
+from relay.observe.metrics import metrics
 
 if TYPE_CHECKING:
     from limits import RateLimitItem, WindowStats

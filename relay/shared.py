@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
-from relay import log
-from relay.metrics import metrics
+from relay.observe import log
+from relay.observe.metrics import metrics
 
 #: Seconds for a connection, for an answer, and for a free connection. A Redis nearby answers within a millisecond.
 _WAIT = 0.25

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 from relay import errors, waiting
 from relay.drain import drain
 from relay.llm.usage import Excerpt
-from relay.metrics import metrics
+from relay.observe.metrics import metrics
 from relay.waiting import GONE, READY
 from relay.waiting import client as client_socket
 from relay.wire import sse

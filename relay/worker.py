@@ -23,9 +23,10 @@ from gunicorn.http import message as http_message
 from gunicorn.http.body import ChunkedReader
 from gunicorn.workers.ggevent import GeventWorker
 
-from relay import errors, listing, log
+from relay import errors, listing
 from relay.drain import drain
-from relay.metrics import metrics
+from relay.observe import log
+from relay.observe.metrics import metrics
 from relay.waiting.client import break_off, gone
 
 #: Seconds between two looks at idle connections while the worker drains.

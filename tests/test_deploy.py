@@ -22,7 +22,7 @@ from harness import REPO, eventually, servers
 from harness.client import Connection, request
 from harness.upstream import Upstream
 
-from relay import metrics
+from relay.observe import metrics
 from relay.settings import SETTINGS, Settings
 
 DEPLOY = REPO / "deploy"

@@ -21,7 +21,7 @@ from harness.client import request
 from harness.upstream import Upstream
 from test_floors import FLOORS
 
-from relay import metrics
+from relay.observe import metrics
 from relay.settings import SETTINGS
 from relay.wire import headers
 

@@ -18,7 +18,7 @@ FLOORS = {
     0: ["errors", "version"],
     1: ["wire"],
     2: ["llm", "settings"],
-    3: ["record", "observe", "client", "log", "metrics"],
+    3: ["record", "observe", "client"],
     4: ["upstream", "shared", "connections", "exchange", "names", "health", "demo", "presence"],
     5: ["gate", "access", "keys", "rates", "limits"],
     6: ["stream", "ticks", "drain", "waiting"],

@@ -8,7 +8,7 @@ import pty
 
 import pytest
 
-from relay import log
+from relay.observe import log
 from relay.record import Record
 
 

@@ -12,10 +12,10 @@ from harness import eventually, servers
 from harness.client import Connection, request
 from harness.upstream import Upstream
 
-from relay import log
 from relay.app import create_app
 from relay.health import Health, Known
-from relay.metrics import metrics
+from relay.observe import log
+from relay.observe.metrics import metrics
 from relay.settings import Settings
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from flask import Response, current_app, request
 
-from relay import access, errors, log
-from relay.metrics import metrics
+from relay import access, errors
+from relay.observe import log
+from relay.observe.metrics import metrics
 from relay.wire.headers import SANDBOX, sane_request_id
 
 if TYPE_CHECKING:

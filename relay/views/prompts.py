@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from flask import Response, request
 
-from relay import errors, log, presence
+from relay import errors, presence
 from relay.incoming import check_named, read_body
 from relay.llm.prompt import Prompt
+from relay.observe import log
 from relay.presence import Presence
 from relay.textview import Head, TextView
 from relay.views import answers, calls
