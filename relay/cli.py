@@ -86,7 +86,7 @@ def check_key() -> None:
         )
 
     from relay import errors
-    from relay.upstream import Upstream
+    from relay.upstream.endpoint import Upstream
 
     host, asked = settings.upstream_host, f"GET {settings.health_path.partition('?')[0]}"
     started = time.monotonic()

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from relay import waiting
 from relay.drain import drain
-from relay.health import Health
 from relay.keys import ClientKeys
 from relay.limits import Admission, streams_that_files_allow
 from relay.observe import log
@@ -19,7 +18,8 @@ from relay.rates import Rates
 from relay.record import Record
 from relay.settings import SettingsError
 from relay.shared import Leases, Store
-from relay.upstream import Upstream
+from relay.upstream.endpoint import Upstream
+from relay.upstream.health import Health
 from relay.wire.headers import RequestHeaders, check_field
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Mount:
         """The upstream; the embedded demo, which this starts, if none is set."""
         url = self.settings.upstream_url
         if url is None:
-            from relay import demo
+            from relay.upstream import demo
 
             url = demo.start()
         return Upstream(self.settings, url)

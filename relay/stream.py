@@ -23,10 +23,10 @@ from relay.wire import sse
 from relay.wire.headers import SANDBOX, UNBUFFERED, response_headers
 
 if TYPE_CHECKING:
-    from relay.exchange import Exchange
     from relay.limits import Admission, Lease
     from relay.record import Record
     from relay.settings import Settings
+    from relay.upstream.exchange import Exchange
     from relay.wire.http1 import Head
 
 Headers = list[tuple[str, str]]

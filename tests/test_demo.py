@@ -17,7 +17,7 @@ import openai
 import pytest
 from harness import DEADLINE
 
-from relay import demo
+from relay.upstream import demo
 
 ROOT = Path(__file__).parent.parent
 HELLO = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is\n  this?"}]

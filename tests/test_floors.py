@@ -19,7 +19,7 @@ FLOORS = {
     1: ["wire"],
     2: ["llm", "settings"],
     3: ["record", "observe", "client"],
-    4: ["upstream", "shared", "connections", "exchange", "names", "health", "demo", "presence"],
+    4: ["upstream", "shared", "presence"],
     5: ["gate", "access", "keys", "rates", "limits"],
     6: ["stream", "ticks", "drain", "waiting"],
     7: ["textview"],
@@ -31,7 +31,7 @@ FLOOR = {f"relay.{name}": floor for floor, names in FLOORS.items() for name in n
 
 # Imports that point up or back, each with its reason. None may run when its module is imported.
 LATE = {
-    ("relay.mount", "relay.demo"): "the embedded upstream is started by the first request that needs it",
+    ("relay.mount", "relay.upstream.demo"): "the embedded upstream is started by the first request that needs it",
     ("relay.waiting", "relay.waiting.hub"): "which kind of waiter fits is known when the first stream begins",
     ("relay.waiting", "relay.waiting.threads"): "as above",
 }
@@ -39,8 +39,8 @@ LATE = {
 # What only one module may import, and what pure bytes have no use for.
 HTTP_LIBRARIES = {"requests", "urllib3"}
 ONLY_HERE = {
-    "relay.upstream": "the one way out of the service",
-    "relay.connections": "what it goes over; urllib3 alone",
+    "relay.upstream.endpoint": "the one way out of the service",
+    "relay.upstream.connect": "what it goes over; urllib3 alone",
     "relay.client.connection": "the other end, where the environment's proxies and certificates count",
 }
 PURE = [

@@ -13,10 +13,10 @@ from harness.client import Connection, request
 from harness.upstream import Upstream
 
 from relay.app import create_app
-from relay.health import Health, Known
 from relay.observe import log
 from relay.observe.metrics import metrics
 from relay.settings import Settings
+from relay.upstream.health import Health, Known
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,7 +66,7 @@ def test_what_has_not_changed_is_told_again(monkeypatch: pytest.MonkeyPatch) -> 
     told: list[bool] = []
     monkeypatch.setattr(metrics(), "upstream", lambda _mount, reachable, **_: told.append(reachable))
     clock = [1000.0]
-    monkeypatch.setattr("relay.health.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("relay.upstream.health.time.monotonic", lambda: clock[0])
 
     def nobody() -> object:
         raise AssertionError("nobody is asked")

@@ -36,7 +36,7 @@ from hypothesis import strategies as st
 from test_upstream_connections import Authority
 
 import relay.stream
-import relay.upstream
+import relay.upstream.endpoint
 from relay.drain import drain
 from relay.limits import Admission
 from relay.record import Record
@@ -325,7 +325,7 @@ class Machine:
                 "RELAY_MAX_STREAMS": SLOTS,
             }
         )
-        self.relay = relay.upstream.Upstream(self.settings, upstream.base_url)
+        self.relay = relay.upstream.endpoint.Upstream(self.settings, upstream.base_url)
         self.admission = Admission(SLOTS, per_client=100)
         self.alive: weakref.WeakSet[relay.stream.Stream] = weakref.WeakSet()
         self.counted: dict[str, int] = {}

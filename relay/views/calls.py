@@ -15,9 +15,9 @@ from relay.wire.headers import CREDENTIALS
 from relay.wire.target import allows
 
 if TYPE_CHECKING:
-    from relay.exchange import Exchange
     from relay.mount import Mount
     from relay.settings import Settings
+    from relay.upstream.exchange import Exchange
 
 
 class Call:

@@ -17,9 +17,9 @@ from relay.views import answers, calls
 from relay.views.calls import Call
 
 if TYPE_CHECKING:
-    from relay.exchange import Exchange
     from relay.mount import Mount
     from relay.record import Record
+    from relay.upstream.exchange import Exchange
 
 #: What a client's headers say of its own body, of a page that it has, or of where a stream broke off: of another
 #: request than the one that goes upstream.

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import relay.health
+import relay.upstream.health
 
 if TYPE_CHECKING:
     from flask import Flask
 
-relay.health._PATIENCE = 60.0
+relay.upstream.health._PATIENCE = 60.0
 
 
 def service() -> Flask:

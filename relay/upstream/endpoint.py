@@ -1,8 +1,8 @@
 """The upstream of one relay: its address, its keys, and one long-lived set of connections to it.
 
 The only file of the service that imports requests. Its adapter and urllib3 beneath it keep the connections: pool,
-reuse, TLS, proxies, their errors. What a request is, is decided here; relay.connections writes it and relay.exchange
-reads the answer.
+reuse, TLS, proxies, their errors. What a request is, is decided here; relay.upstream.connect writes it and
+relay.upstream.exchange reads the answer.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from urllib3.util import Timeout
 from urllib3.util.wait import wait_for_read
 
 from relay import errors
-from relay.connections import HTTPPool, HTTPSPool
-from relay.exchange import READ_SIZE, Aborted, Exchange
+from relay.upstream.connect import HTTPPool, HTTPSPool
+from relay.upstream.exchange import READ_SIZE, Aborted, Exchange
 from relay.wire.headers import CREDENTIALS, check_field
 from relay.wire.target import join
 

@@ -1,8 +1,8 @@
 """urllib3's connections and pools, as an exchange needs them. Knows neither requests nor what is asked for.
 
-A connection writes an exchange's request as it stands and leaves the answer to relay.exchange, through the methods that
-urllib3 has for both, because the usual readers hold bytes back (`iter_content`, `iter_lines`), cannot go on after a
-timeout (`read1`), re-encode the request target and take 103 for the answer.
+A connection writes an exchange's request as it stands and leaves the answer to relay.upstream.exchange, through the
+methods that urllib3 has for both, because the usual readers hold bytes back (`iter_content`, `iter_lines`), cannot go
+on after a timeout (`read1`), re-encode the request target and take 103 for the answer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 
-from relay import names
+from relay.upstream import dns
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,9 +36,9 @@ class _Mixin:
             self.sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]
 
     def _new_conn(self) -> socket.socket:
-        """As urllib3's, with names from relay.names."""
+        """As urllib3's, with names from relay.upstream.dns."""
         try:
-            addresses = names.resolve(self._dns_host.strip("[]"), self.port)
+            addresses = dns.resolve(self._dns_host.strip("[]"), self.port)
         except socket.gaierror as error:
             raise NameResolutionError(self._dns_host, cast("Any", self), error) from error
         failure: Exception = OSError("the host has no address")
@@ -57,7 +57,7 @@ class _Mixin:
                 raise
             else:
                 return sock
-        names.forget(self._dns_host.strip("[]"), self.port)
+        dns.forget(self._dns_host.strip("[]"), self.port)
         failure.__traceback__ = None  # it would hold this frame, which holds it
         if isinstance(failure, TimeoutError):
             raise ConnectTimeoutError(self, "no connection in time") from failure

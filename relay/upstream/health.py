@@ -15,7 +15,7 @@ from relay.observe.metrics import metrics
 
 if TYPE_CHECKING:
     from relay.settings import Settings
-    from relay.upstream import Upstream
+    from relay.upstream.endpoint import Upstream
 
 #: Seconds that a caller waits for a probe under way before it gets the last known state.
 _PATIENCE = 1.0

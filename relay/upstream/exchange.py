@@ -1,7 +1,7 @@
 """One request to the upstream and its answer, as bytes that have arrived. Reading never waits.
 
-Knows sockets and HTTP/1.1 framing, and nothing of requests, clients, heartbeats or clocks: relay.upstream gives it a
-connection, and whoever uses it waits on `sock` in between.
+Knows sockets and HTTP/1.1 framing, and nothing of requests, clients, heartbeats or clocks: relay.upstream.endpoint
+gives it a connection, and whoever uses it waits on `sock` in between.
 """
 
 from __future__ import annotations
