@@ -22,12 +22,13 @@ import tempfile  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
-from relay import cpus, listing, presence  # noqa: E402
+from relay import cpus, listing  # noqa: E402
 from relay.settings import (  # noqa: E402
     Settings,
     SettingsError,
     environment,
 )
+from relay.shared import reports  # noqa: E402
 
 #: Streams a worker takes when RELAY_MAX_STREAMS is not set.
 _STREAMS = 900
@@ -166,8 +167,8 @@ def _start(server: Any) -> None:
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = _own_folder("relay-metrics-")
     # Where workers leave word for each other: that a client has reported in, and what each has open.
-    if presence.FOLDER not in os.environ:
-        os.environ[presence.FOLDER] = _own_folder("relay-run-")
+    if reports.FOLDER not in os.environ:
+        os.environ[reports.FOLDER] = _own_folder("relay-run-")
 
 
 def _own_folder(prefix: str) -> str:

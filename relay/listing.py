@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from relay import presence
 from relay.drain import drain
+from relay.shared import reports
 
 #: Seconds that a worker has to answer in: one that is busy for longer shows as silent.
 _PATIENCE = 1.0
@@ -48,7 +48,7 @@ def everywhere() -> tuple[Entries, list[int]]:
 
 def serve() -> None:
     """Answer the other workers from now on, if there is a folder that is shared with them."""
-    if presence.FOLDER not in os.environ:
+    if reports.FOLDER not in os.environ:
         return
     path = _socket_of(os.getpid())
     path.unlink(missing_ok=True)
@@ -60,7 +60,7 @@ def serve() -> None:
 
 def forget(pid: int) -> None:
     """The worker of this process id has ended."""
-    if presence.FOLDER in os.environ:
+    if reports.FOLDER in os.environ:
         _socket_of(pid).unlink(missing_ok=True)
 
 
@@ -88,9 +88,9 @@ def _ask(path: Path, pid: int, found: dict[int, Entries]) -> None:
 
 
 def _socket_of(pid: int) -> Path:
-    return Path(os.environ[presence.FOLDER], f"streams-{pid}.sock")
+    return Path(os.environ[reports.FOLDER], f"streams-{pid}.sock")
 
 
 def _sockets() -> list[Path]:
-    folder = os.environ.get(presence.FOLDER)
+    folder = os.environ.get(reports.FOLDER)
     return sorted(Path(folder).glob("streams-*.sock")) if folder else []

@@ -17,7 +17,7 @@ from relay.observe.metrics import metrics
 from relay.rates import Rates
 from relay.record import Record
 from relay.settings import SettingsError
-from relay.shared import Leases, Store
+from relay.shared.redis import Leases, Store
 from relay.upstream.endpoint import Upstream
 from relay.upstream.health import Health
 from relay.wire.headers import RequestHeaders, check_field

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from limits import RateLimitItem, WindowStats
     from limits.strategies import RateLimiter
 
-    from relay.shared import Store
+    from relay.shared.redis import Store
 
 
 class Rates:

@@ -17,7 +17,7 @@ from harness.client import request
 from harness.upstream import Upstream
 from test_prompts import CHAT, DONE, JSON, STREAM, Place, chunk, events, said
 
-from relay import presence
+from relay.shared import reports
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,7 +71,7 @@ def begin(place: Place, **how: Any) -> tuple[Response, str, Exchange]:
     first = response.read_event()
     ((name, stream_id),) = events(first)
     assert name == "stream_id"
-    assert presence.is_id(stream_id)
+    assert reports.is_id(stream_id)
     ex = place.upstream.wait_for(before + 1, CHAT)
     place.upstream.next(CHAT)
     return response, stream_id, ex

@@ -19,7 +19,7 @@ FLOORS = {
     1: ["wire"],
     2: ["llm", "settings"],
     3: ["record", "observe", "client"],
-    4: ["upstream", "shared", "presence"],
+    4: ["upstream", "shared"],
     5: ["gate", "access", "keys", "rates", "limits"],
     6: ["stream", "ticks", "drain", "waiting"],
     7: ["textview"],

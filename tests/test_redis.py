@@ -284,8 +284,8 @@ def test_nothing_stays_in_redis_and_no_key_is_ever_in_it(upstream: Upstream) -> 
 def test_plain_threads_share_the_budget_too(upstream: Upstream, redis: Redis, tmp_path: Path) -> None:
     """A shop under gunicorn's threads: leases are renewed and given back by a thread."""
     (tmp_path / "shop.py").write_text(
-        "import relay.shared\nfrom flask import Flask\nfrom relay import Relay\n"
-        "relay.shared._WAIT = 8.0\n"  # as in shops.patient
+        "import relay.shared.redis\nfrom flask import Flask\nfrom relay import Relay\n"
+        "relay.shared.redis._WAIT = 8.0\n"  # as in shops.patient
         "app = Flask(__name__)\n"
         f"Relay(app, url_prefix='/v1', settings={{'RELAY_UPSTREAM_URL': {upstream.base_url!r},\n"
         f"    'RELAY_LIMITS_URL': {redis.url!r}, 'RELAY_RATE_LIMIT': '50/hour', 'RELAY_MAX_STREAMS_PER_CLIENT': 1,\n"

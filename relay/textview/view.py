@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from relay.llm.prompt import Pace
-    from relay.presence import Presence
     from relay.settings import Settings
+    from relay.shared.reports import Presence
     from relay.stream import Headers, Stream
     from relay.textview.head import Head
 

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from flask import Response, request
 
-from relay import errors, presence
+from relay import errors
 from relay.incoming import check_named, read_body
 from relay.llm.prompt import Prompt
 from relay.observe import log
-from relay.presence import Presence
+from relay.shared import reports
+from relay.shared.reports import Presence
 from relay.textview import Head, TextView
 from relay.views import answers, calls
 from relay.views.calls import Call
@@ -66,10 +67,10 @@ def stream_heartbeat(mount: Mount) -> Response:
     stream_id = request.args.get("stream_id", "")
     if not stream_id:
         raise errors.BadRequest("stream_id is missing: the id that the event stream_id of the stream has told")
-    if not presence.is_id(stream_id):
+    if not reports.is_id(stream_id):
         raise errors.BadRequest("stream_id must be the 32 hexadecimal digits that the event stream_id has told")
     try:
-        known = presence.report(stream_id, call.client)
+        known = reports.report(stream_id, call.client)
     except OSError as error:
         raise _no_folder(error) from None
     if not known:
@@ -133,7 +134,7 @@ def _text(call: Call, route: str, *, event_source: bool, aware: bool = False) ->
 
     if aware:
         try:
-            presence.folder()
+            reports.folder()
         except OSError as error:
             raise _no_folder(error) from None
     return call.answer(begin)
