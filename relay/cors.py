@@ -1,7 +1,7 @@
 """Calls from pages of other origins (RELAY_CORS_ORIGINS): preflights, and what a page may read. flask-cors does it.
 
-The relay's own refusal of foreign origins is in relay.access: CORS alone only keeps a page from reading an answer that
-was already paid for.
+The relay's own refusal of foreign origins is in relay.gate.origin: CORS alone only keeps a page from reading an answer
+that was already paid for.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flask import Flask, request
 
-from relay import access
+from relay.gate.origin import check_origin
 from relay.views import answers
 from relay.wire.target import METHODS
 
@@ -71,7 +71,7 @@ def hooks(app: Flask, settings: Settings, not_for: Iterable[str] = ()) -> tuple[
             return None
         if request.path in closed or "Origin" not in request.headers:
             return None
-        access.check_origin(request.environ, settings)
+        check_origin(request.environ, settings)
         return answers.empty(204)
 
     def after(response: Response) -> Response:

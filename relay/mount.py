@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from relay import waiting
 from relay.drain import drain
-from relay.keys import ClientKeys
-from relay.limits import Admission, streams_that_files_allow
+from relay.gate.keys import ClientKeys
+from relay.gate.rates import Rates
+from relay.gate.slots import Admission, streams_that_files_allow
 from relay.observe import log
 from relay.observe.metrics import metrics
-from relay.rates import Rates
 from relay.record import Record
 from relay.settings import SettingsError
 from relay.shared.redis import Leases, Store

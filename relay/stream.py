@@ -23,7 +23,7 @@ from relay.wire import sse
 from relay.wire.headers import SANDBOX, UNBUFFERED, response_headers
 
 if TYPE_CHECKING:
-    from relay.limits import Admission, Lease
+    from relay.gate.slots import Admission, Lease
     from relay.record import Record
     from relay.settings import Settings
     from relay.upstream.exchange import Exchange

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay import access, errors
+from relay import errors
+from relay.gate.address import client_address
+from relay.gate.origin import check_host, check_origin, check_peer
 from relay.settings import Settings
 
 
@@ -66,7 +68,7 @@ TRUSTING = settings(trusted_proxies="127.0.0.1,::1,10.0.0.0/8,2001:db8:1::/48")
 )
 def test_the_clients_address(peer: str | None, forwarded: str | None, address: str) -> None:
     environ = {"REMOTE_ADDR": peer, "HTTP_X_FORWARDED_FOR": forwarded}
-    assert access.client_address({k: v for k, v in environ.items() if v is not None}, TRUSTING) == address
+    assert client_address({k: v for k, v in environ.items() if v is not None}, TRUSTING) == address
 
 
 ADDRESSES = st.ip_addresses()
@@ -82,7 +84,7 @@ def test_what_stands_left_of_the_client_decides_nothing(
     chain = [*map(str, hops), "10.1.1.1"]
     plain = [getattr(hop, "ipv4_mapped", None) or hop for hop in (client, *hops)]
     strangers = [ip for ip in plain if not any(ip in network for network in TRUSTING.trusted_proxies)]
-    address = access.client_address(
+    address = client_address(
         {"REMOTE_ADDR": "127.0.0.1", "HTTP_X_FORWARDED_FOR": f"{written},{','.join([str(client), *chain])}"}, TRUSTING
     )
     if strangers:
@@ -137,10 +139,10 @@ def test_only_its_own_pages_and_listed_ones_may_call(origin: str | None, host: s
     relay = settings(cors_origins="https://listed.example")
     environ = {"HTTP_HOST": host} if origin is None else {"HTTP_HOST": host, "HTTP_ORIGIN": origin}
     if may:
-        access.check_origin(environ, relay)
+        check_origin(environ, relay)
         return
     with pytest.raises(errors.Forbidden) as caught:
-        access.check_origin(environ, relay)
+        check_origin(environ, relay)
     assert caught.value.code == "origin_not_allowed"
     assert not origin or origin not in caught.value.message
 
@@ -161,21 +163,21 @@ def test_what_a_browser_marks_cross_site_is_refused(site: str | None, origins: s
     environ = {"HTTP_HOST": "relay.example"} | ({"HTTP_SEC_FETCH_SITE": site} if site else {})
     relay = settings(cors_origins=origins)
     if may:
-        access.check_origin(environ, relay)
+        check_origin(environ, relay)
     else:
         with pytest.raises(errors.Forbidden):
-            access.check_origin(environ, relay)
+            check_origin(environ, relay)
 
 
 def test_where_all_origins_may_call_even_a_malformed_one_may() -> None:
     for origin in ("null", "https://evil.example", "http://[", ""):
-        access.check_origin({"HTTP_ORIGIN": origin, "HTTP_SEC_FETCH_SITE": "cross-site"}, settings(cors_origins="*"))
+        check_origin({"HTTP_ORIGIN": origin, "HTTP_SEC_FETCH_SITE": "cross-site"}, settings(cors_origins="*"))
 
 
 @given(st.text(st.characters(codec="latin-1"), max_size=30), st.text(st.characters(codec="latin-1"), max_size=30))
 def test_no_origin_and_no_host_is_an_error_of_the_relays(origin: str, host: str) -> None:
     environ = {"HTTP_ORIGIN": f"http://{origin}", "HTTP_HOST": host}
-    for check in (access.check_origin, access.check_host):
+    for check in (check_origin, check_host):
         with contextlib.suppress(errors.Forbidden):
             check(environ, PLAIN)
 
@@ -213,13 +215,13 @@ def test_no_origin_and_no_host_is_an_error_of_the_relays(origin: str, host: str)
 )
 def test_without_keys_only_loopback_names_are_answered(host: str | None, may: bool) -> None:
     environ = {} if host is None else {"HTTP_HOST": host}
-    access.check_host(environ, settings(client_keys="a-client-key-that-is-long"))
-    access.check_host(environ, settings(allow_anonymous=True))
+    check_host(environ, settings(client_keys="a-client-key-that-is-long"))
+    check_host(environ, settings(allow_anonymous=True))
     if may:
-        access.check_host(environ, PLAIN)
+        check_host(environ, PLAIN)
     else:
         with pytest.raises(errors.Forbidden) as caught:
-            access.check_host(environ, PLAIN)
+            check_host(environ, PLAIN)
         assert caught.value.code == "host_not_allowed"
 
 
@@ -250,12 +252,12 @@ def test_without_keys_only_loopback_names_are_answered(host: str | None, may: bo
 def test_without_client_keys_only_this_machine_spends_the_upstreams(
     key: dict[str, str], address: str, may: bool
 ) -> None:
-    access.check_peer(address, PLAIN)
-    access.check_peer(address, settings(**key, client_keys="a-client-key-that-is-long"))
-    access.check_peer(address, settings(**key, allow_anonymous=True))
+    check_peer(address, PLAIN)
+    check_peer(address, settings(**key, client_keys="a-client-key-that-is-long"))
+    check_peer(address, settings(**key, allow_anonymous=True))
     if may:
-        access.check_peer(address, settings(**key))
+        check_peer(address, settings(**key))
     else:
         with pytest.raises(errors.Forbidden) as caught:
-            access.check_peer(address, settings(**key))
+            check_peer(address, settings(**key))
         assert caught.value.code == "address_not_allowed"

@@ -20,7 +20,7 @@ FLOORS = {
     2: ["llm", "settings"],
     3: ["record", "observe", "client"],
     4: ["upstream", "shared"],
-    5: ["gate", "access", "keys", "rates", "limits"],
+    5: ["gate"],
     6: ["stream", "ticks", "drain", "waiting"],
     7: ["textview"],
     8: ["web", "blueprint", "mount", "parts", "cors", "incoming", "views"],

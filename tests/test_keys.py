@@ -12,7 +12,7 @@ from harness.client import NoResponse, request
 from harness.upstream import Upstream
 
 from relay import errors
-from relay.keys import ClientKeys
+from relay.gate.keys import ClientKeys
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

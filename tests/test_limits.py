@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay import errors
-from relay.limits import Admission, Lease, streams_that_files_allow
+from relay.gate.slots import Admission, Lease, streams_that_files_allow
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,8 +13,8 @@ from harness.client import Client
 from harness.upstream import Upstream
 from test_floors import modules_after
 
-from relay import access, errors
-from relay.rates import Rates
+from relay import errors
+from relay.gate.rates import Rates
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -205,7 +205,7 @@ def test_two_relays_in_one_app_have_budgets_of_their_own_in_one_place() -> None:
     ],
 )
 def test_who_pays(address: str, payer: str) -> None:
-    assert access.payer(address) == payer
+    assert payer(address) == payer
 
 
 # --- Without the library

@@ -38,7 +38,7 @@ from test_upstream_connections import Authority
 import relay.stream
 import relay.upstream.endpoint
 from relay.drain import drain
-from relay.limits import Admission
+from relay.gate.slots import Admission
 from relay.record import Record
 from relay.settings import Settings
 

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from flask import Response, current_app, request
 
-from relay import access, errors
+from relay.gate.address import client_address
 from relay.observe import log
 from relay.observe.metrics import metrics
 from relay.wire.headers import SANDBOX, sane_request_id
 
 if TYPE_CHECKING:
+    from relay import errors
     from relay.stream import Headers
 
 
@@ -26,7 +27,7 @@ def error_response(error: errors.RelayError) -> Response:
     metrics().refused(error.code)
     mounts = current_app.extensions["relay"]
     asked = mounts.get(request.blueprint) or next(iter(mounts.values()))  # beside its mount the service has one
-    address = access.client_address(request.environ, asked.settings)
+    address = client_address(request.environ, asked.settings)
     log.refused(error, known_as, request.method, address, request.endpoint or "")
     response = Response(error.json(known_as), status=error.status, content_type="application/json")
     for name, value in [*error.headers(), *SANDBOX, ("X-Request-ID", known_as), ("Cache-Control", "no-store")]:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from flask import Response, g, request
 
-from relay import access, errors
+from relay import errors
+from relay.gate.address import client_address, payer
+from relay.gate.origin import check_host, check_origin, check_peer
 from relay.record import Record
 from relay.stream import Stream
 from relay.views import answers
@@ -31,13 +33,13 @@ class Call:
         self.asked = request._get_current_object()  # type: ignore[attr-defined] # noqa: SLF001 - each use of the proxy costs
         environ = self.environ = self.asked.environ
         self.request_id = answers.request_id()
-        self.address = access.client_address(environ, settings)
+        self.address = client_address(environ, settings)
         self.client = ""  # whom it counts for, once `identify` has said so
         self.budget: Sequence[tuple[str, str]] = ()  # response headers that tell what is left of it
-        access.check_origin(environ, settings)
+        check_origin(environ, settings)
         if mount.service:
-            access.check_host(environ, settings)
-            access.check_peer(self.address, settings)
+            check_host(environ, settings)
+            check_peer(self.address, settings)
 
     def identify(self, query: str | None) -> str | None:
         """Who calls, by a ticket in the raw query, a key or an address; gives the query without the ticket.
@@ -46,7 +48,7 @@ class Call:
         """
         mount = self.mount
         holder, query = mount.keys.take_ticket(query)
-        self.client = holder or mount.keys.check(self.environ) or access.payer(self.address)
+        self.client = holder or mount.keys.check(self.environ) or payer(self.address)
         return query
 
     def permit(self, method: str, path: str) -> None:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from flask import Response, request
 
-from relay import access, errors
+from relay import errors
 from relay.drain import drain
-from relay.keys import TICKET_SECONDS
+from relay.gate.keys import TICKET_SECONDS
+from relay.gate.origin import check_origin
 from relay.version import __version__
 from relay.views import answers
 
@@ -21,7 +22,7 @@ def ticket(mount: Mount) -> Response:
     """A ticket for EventSource, which cannot send a client key in a header."""
     if not mount.keys:
         raise errors.NotFound("no client keys are set (RELAY_CLIENT_KEYS), so nobody needs a ticket")
-    access.check_origin(request.environ, mount.settings)
+    check_origin(request.environ, mount.settings)
     name = mount.keys.check(request.environ)
     return answers.as_json({"ticket": mount.keys.ticket(str(name)), "expires_in": TICKET_SECONDS})
 

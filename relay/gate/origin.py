@@ -1,69 +1,18 @@
-"""Who may call: the client's address, its origin and its host. Decides by a WSGI environ alone."""
+"""Whose pages and which names may call: origin, host and peer. Decides by a WSGI environ alone."""
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from relay import errors
+from relay.gate.address import parse_address
 
 if TYPE_CHECKING:
     from relay.settings import Settings
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
-
-
-def client_address(environ: Mapping[str, Any], settings: Settings) -> str:
-    """The client's address: the peer's, or what trusted proxies say of it in `X-Forwarded-For`.
-
-    Read from the right, since each proxy adds on that side: the first address that is no trusted proxy's is the
-    client's, and what stands left of it anybody may have written. `unix` is the peer of a unix socket, `unknown` a
-    client whom a trusted proxy does not name: nobody may take it for the proxy itself.
-    """
-    peer = str(environ.get("REMOTE_ADDR") or "")
-    address = _address(peer)
-    if peer and address is None:
-        return peer
-    forwarded = environ.get("HTTP_X_FORWARDED_FOR")
-    hops = str(forwarded).split(",") if forwarded else []
-    while hops and (address is None or any(address in network for network in settings.trusted_proxies)):
-        hop = hops.pop().strip()
-        if hop:
-            address = _address(_without_port(hop))
-            if address is None:
-                return "unknown"
-    return "unix" if address is None else str(address)
-
-
-def payer(address: str) -> str:
-    """Whose budget a client at this address uses up: its own, or with IPv6 that of its /64.
-
-    A /64 is the least that a network hands out (RFC 6177), and each of its 2**64 addresses is its holder's.
-    """
-    if ":" not in address:
-        return address
-    ip = _address(address)
-    return address if ip is None else f"{ipaddress.IPv6Address(int(ip) >> 64 << 64)}/64"
-
-
-@lru_cache(maxsize=4096)
-def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """An address; of an IPv4 address that a socket of both kinds shows as `::ffff:127.0.0.1`, the IPv4 one."""
-    try:
-        address = ipaddress.ip_address(text)
-    except ValueError:
-        return None
-    return getattr(address, "ipv4_mapped", None) or address
-
-
-def _without_port(hop: str) -> str:
-    """A hop as some proxies write it, with a port: `203.0.113.7:1234`, `[2001:db8::1]:1234`."""
-    if hop.startswith("["):
-        return hop[1:].partition("]")[0]
-    return hop.partition(":")[0] if hop.count(":") == 1 else hop
 
 
 def check_origin(environ: Mapping[str, Any], settings: Settings) -> None:
@@ -106,7 +55,7 @@ def check_peer(address: str, settings: Settings) -> None:
     """With a key to spend and no client keys: refuse a client that a proxy reports from elsewhere. Raises Forbidden."""
     if not settings.adds_key or settings.client_keys or settings.allow_anonymous or address == "unix":
         return
-    ip = _address(address)
+    ip = parse_address(address)
     if ip is not None and ip.is_loopback:
         return
     raise errors.Forbidden(
@@ -139,5 +88,5 @@ def _split_host(host: str) -> tuple[str, int | None]:
 def _loopback_name(name: str) -> bool:
     if name == "localhost" or name.endswith(".localhost"):
         return True
-    ip = _address(name)
+    ip = parse_address(name)
     return ip is not None and ip.is_loopback
