@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from relay.drain import drain
 from relay.shared import reports
+from relay.stream.drain import drain
 
 #: Seconds that a worker has to answer in: one that is busy for longer shows as silent.
 _PATIENCE = 1.0

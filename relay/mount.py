@@ -8,8 +8,6 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from relay import waiting
-from relay.drain import drain
 from relay.gate.keys import ClientKeys
 from relay.gate.rates import Rates
 from relay.gate.slots import Admission, streams_that_files_allow
@@ -18,6 +16,8 @@ from relay.observe.metrics import metrics
 from relay.record import Record
 from relay.settings import SettingsError
 from relay.shared.redis import Leases, Store
+from relay.stream import waiting
+from relay.stream.drain import drain
 from relay.upstream.endpoint import Upstream
 from relay.upstream.health import Health
 from relay.wire.headers import RequestHeaders, check_field
@@ -111,7 +111,7 @@ class Mount:
                 headers[name] = value
         return headers
 
-    # What becomes of a stream (relay.stream.Watch).
+    # What becomes of a stream (relay.stream.relayed.Watch).
 
     def answered(self, status: int, record: Record) -> None:
         """The upstream has answered with this status: the best evidence of it that there is."""

@@ -24,10 +24,10 @@ from gunicorn.http.body import ChunkedReader
 from gunicorn.workers.ggevent import GeventWorker
 
 from relay import errors, listing
-from relay.drain import drain
 from relay.observe import log
 from relay.observe.metrics import metrics
-from relay.waiting.client import break_off, gone
+from relay.stream.drain import drain
+from relay.stream.waiting.client_socket import break_off, gone
 
 #: Seconds between two looks at idle connections while the worker drains.
 _LOOK = 0.1

@@ -21,7 +21,7 @@ FLOORS = {
     3: ["record", "observe", "client"],
     4: ["upstream", "shared"],
     5: ["gate"],
-    6: ["stream", "ticks", "drain", "waiting"],
+    6: ["stream"],
     7: ["textview"],
     8: ["web", "blueprint", "mount", "parts", "cors", "incoming", "views"],
     9: ["service", "cli", "app", "listing", "cpus", "chat", "doctor"],
@@ -32,8 +32,11 @@ FLOOR = {f"relay.{name}": floor for floor, names in FLOORS.items() for name in n
 # Imports that point up or back, each with its reason. None may run when its module is imported.
 LATE = {
     ("relay.mount", "relay.upstream.demo"): "the embedded upstream is started by the first request that needs it",
-    ("relay.waiting", "relay.waiting.hub"): "which kind of waiter fits is known when the first stream begins",
-    ("relay.waiting", "relay.waiting.threads"): "as above",
+    (
+        "relay.stream.waiting",
+        "relay.stream.waiting.hub",
+    ): "which kind of waiter fits is known when the first stream begins",
+    ("relay.stream.waiting", "relay.stream.waiting.threads"): "as above",
 }
 
 # What only one module may import, and what pure bytes have no use for.

@@ -20,7 +20,7 @@ from harness.calm import undisturbed
 from harness.client import Connection, EndedEarly, request
 from harness.upstream import Exchange, Upstream
 
-from relay.waiting.client import Writes
+from relay.stream.waiting.client_socket import Writes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1014,7 +1014,7 @@ def test_views_are_freed_without_the_garbage_collector(upstream: Upstream) -> No
     from werkzeug.serving import make_server
 
     from relay import Relay
-    from relay.stream import Stream
+    from relay.stream.relayed import Stream
     from relay.textview import TextView
 
     app = Flask("shop")

@@ -1,8 +1,9 @@
 """Random lives of streams, and what must hold whatever happens.
 
-Drives `relay.stream.Stream` itself, several at a time, between real sockets: an upstream that sends, pauses, cuts,
-resets and falls silent, and a client that reads, dawdles, stops and leaves, as a generated plan says. Short clocks and
-a drain end what nobody else ends. Under plain threads here, and again under gevent in a process that is patched for it.
+Drives `relay.stream.relayed.Stream` itself, several at a time, between real sockets: an upstream that sends, pauses,
+cuts, resets and falls silent, and a client that reads, dawdles, stops and leaves, as a generated plan says. Short
+clocks and a drain end what nobody else ends. Under plain threads here, and again under gevent in a process that is
+patched for it.
 
 The reference is independent of the relay's code: it is worked out from the bytes that the client got and those that the
 upstream had to send.
@@ -35,12 +36,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from test_upstream_connections import Authority
 
-import relay.stream
+import relay.stream.relayed
 import relay.upstream.endpoint
-from relay.drain import drain
 from relay.gate.slots import Admission
 from relay.record import Record
 from relay.settings import Settings
+from relay.stream.drain import drain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -252,7 +253,7 @@ class Life:
 
     # The server's part: what gunicorn does with a WSGI iterable.
 
-    def serve(self, stream: relay.stream.Stream, connection: socket.socket) -> None:
+    def serve(self, stream: relay.stream.relayed.Stream, connection: socket.socket) -> None:
         try:
             for piece in stream:
                 assert len(self.heads) == 1, "a body without a head"
@@ -327,7 +328,7 @@ class Machine:
         )
         self.relay = relay.upstream.endpoint.Upstream(self.settings, upstream.base_url)
         self.admission = Admission(SLOTS, per_client=100)
-        self.alive: weakref.WeakSet[relay.stream.Stream] = weakref.WeakSet()
+        self.alive: weakref.WeakSet[relay.stream.relayed.Stream] = weakref.WeakSet()
         self.counted: dict[str, int] = {}
         self._sockets: list[socket.socket] = []  # for the end of a test that has failed
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -385,7 +386,7 @@ class Machine:
             mount="machine",
             asks_for_events=plan.asks,
         )
-        stream = relay.stream.Stream(
+        stream = relay.stream.relayed.Stream(
             self.relay.exchange("POST", path, None, [], b"{}"),
             record,
             self.settings,

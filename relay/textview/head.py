@@ -12,7 +12,7 @@ from relay.wire.headers import SANDBOX, UNBUFFERED
 
 if TYPE_CHECKING:
     from relay.errors import RelayError
-    from relay.stream import Headers
+    from relay.stream.relayed import Headers
 
 #: What goes on of the head of an upstream's answer beside its status: the rest describes bytes that do not.
 _KEPT = ("x-upstream-request-id", "retry-after", "x-should-retry")

@@ -11,8 +11,8 @@ import time
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from relay import errors
-from relay.drain import drain
 from relay.llm.answer import failure_in_body
+from relay.stream.drain import drain
 from relay.textview.events import TextEvents, event, json_event
 from relay.wire import sse
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from relay.llm.prompt import Pace
     from relay.settings import Settings
     from relay.shared.reports import Presence
-    from relay.stream import Headers, Stream
+    from relay.stream.relayed import Headers, Stream
     from relay.textview.head import Head
 
 monotonic = time.monotonic

@@ -16,7 +16,7 @@ from relay.wire.headers import SANDBOX, sane_request_id
 
 if TYPE_CHECKING:
     from relay import errors
-    from relay.stream import Headers
+    from relay.stream.relayed import Headers
 
 
 def error_response(error: errors.RelayError) -> Response:

@@ -11,7 +11,7 @@ from relay import errors
 from relay.gate.address import client_address, payer
 from relay.gate.origin import check_host, check_origin, check_peer
 from relay.record import Record
-from relay.stream import Stream
+from relay.stream.relayed import Stream
 from relay.views import answers
 from relay.wire.headers import CREDENTIALS
 from relay.wire.target import allows

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from flask import Response, request
 
-from relay import errors, ticks
+from relay import errors
 from relay.incoming import asks_for_events, check_model, raw_target, read_body, says
+from relay.stream import ticks
 from relay.views import answers, calls
 from relay.views.calls import Call
 from relay.wire.target import METHODS, bad_target

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from flask import Response, request
 
 from relay import errors
-from relay.drain import drain
 from relay.gate.keys import TICKET_SECONDS
 from relay.gate.origin import check_origin
+from relay.stream.drain import drain
 from relay.version import __version__
 from relay.views import answers
 

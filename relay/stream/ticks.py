@@ -21,11 +21,11 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from relay import errors, waiting
-from relay.drain import drain
+from relay import errors
+from relay.stream import waiting
+from relay.stream.drain import drain
+from relay.stream.waiting import GONE, client_socket
 from relay.version import __version__
-from relay.waiting import GONE
-from relay.waiting import client as client_socket
 from relay.wire import sse
 from relay.wire.headers import SANDBOX, UNBUFFERED
 

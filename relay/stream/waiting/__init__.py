@@ -1,8 +1,8 @@
 """The one seam between a stream and the kind of server that it runs in: waiting.
 
 A stream waits for several things at once: its upstream, its client's going, a clock, a word from elsewhere in the
-process. Under gevent the hub's watchers do that, and thousands wait in one thread (`relay.waiting.hub`); under plain
-threads poll does (`relay.waiting.threads`). Nothing here knows what is waited for, or why.
+process. Under gevent the hub's watchers do that, and thousands wait in one thread (`relay.stream.waiting.hub`); under
+plain threads poll does (`relay.stream.waiting.threads`). Nothing here knows what is waited for, or why.
 """
 
 from __future__ import annotations
@@ -102,9 +102,9 @@ def waiter(client: Any, tick: Callable[[], float]) -> Waiter:
     wants to be called again.
     """
     if cooperative():
-        from relay.waiting.hub import HubWaiter
+        from relay.stream.waiting.hub import HubWaiter
 
         return HubWaiter(client, tick)
-    from relay.waiting.threads import ThreadWaiter
+    from relay.stream.waiting.threads import ThreadWaiter
 
     return ThreadWaiter(client, tick)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import gevent
 from gevent import get_hub, getcurrent
 
-from relay.waiting import GONE, OTHER, READY, Task, Wake
-from relay.waiting.client import gone, watchable
+from relay.stream.waiting import GONE, OTHER, READY, Task, Wake
+from relay.stream.waiting.client_socket import gone, watchable
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from relay import errors, waiting
-from relay.drain import drain
+from relay import errors
 from relay.llm.usage import Excerpt
 from relay.observe.metrics import metrics
-from relay.waiting import GONE, READY
-from relay.waiting import client as client_socket
+from relay.stream import waiting
+from relay.stream.drain import drain
+from relay.stream.waiting import GONE, READY, client_socket
 from relay.wire import sse
 from relay.wire.headers import SANDBOX, UNBUFFERED, response_headers
 
