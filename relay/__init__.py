@@ -12,14 +12,14 @@ from relay.version import __version__
 
 if TYPE_CHECKING:
     from relay.app import create_app
-    from relay.blueprint import Relay
+    from relay.web.extension import Relay
 
 __all__ = ["Relay", "__version__", "create_app"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "Relay":
-        from relay.blueprint import Relay
+        from relay.web.extension import Relay
 
         return Relay
     if name == "create_app":

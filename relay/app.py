@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 from flask import Flask, Response, current_app, request
 from werkzeug.exceptions import HTTPException
 
-from relay import cors, errors, listing
-from relay.blueprint import Relay
+from relay import errors, listing
 from relay.observe import log
 from relay.observe.metrics import CONTENT_TYPE, metrics
-from relay.parts import PARTS, routes
 from relay.settings import Settings, environment, split_bind
-from relay.views import answers, state
+from relay.web import cors
+from relay.web.extension import Relay
+from relay.web.routes import PARTS, routes
+from relay.web.views import answers, state
 from relay.wire.target import METHODS
 
 if TYPE_CHECKING:
-    from relay.mount import Mount
+    from relay.web.mount import Mount
 
 
 #: What RELAY_ADMIN_BIND has, by endpoint: of these nobody is asked for a key.

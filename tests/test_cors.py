@@ -10,7 +10,7 @@ from harness import eventually, llm, servers
 from harness.client import Connection, request
 from harness.upstream import Upstream
 
-from relay.cors import EXPOSED
+from relay.web.cors import EXPOSED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

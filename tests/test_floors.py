@@ -23,7 +23,7 @@ FLOORS = {
     5: ["gate"],
     6: ["stream"],
     7: ["textview"],
-    8: ["web", "blueprint", "mount", "parts", "cors", "incoming", "views"],
+    8: ["web"],
     9: ["service", "cli", "app", "listing", "cpus", "chat", "doctor"],
     10: ["gunicorn_conf", "worker", "__main__"],
 }
@@ -31,7 +31,7 @@ FLOOR = {f"relay.{name}": floor for floor, names in FLOORS.items() for name in n
 
 # Imports that point up or back, each with its reason. None may run when its module is imported.
 LATE = {
-    ("relay.mount", "relay.upstream.demo"): "the embedded upstream is started by the first request that needs it",
+    ("relay.web.mount", "relay.upstream.demo"): "the embedded upstream is started by the first request that needs it",
     (
         "relay.stream.waiting",
         "relay.stream.waiting.hub",
@@ -208,7 +208,7 @@ def test_what_runs_before_gevent_has_patched_is_light(module: str) -> None:
 
 
 def test_the_names_that_the_package_offers() -> None:
-    assert "relay.blueprint" in modules_after("from relay import Relay")
+    assert "relay.web.extension" in modules_after("from relay import Relay")
     assert "relay.app" in modules_after("from relay import create_app")
     with pytest.raises(AttributeError, match="no attribute 'Rely'"):
         _ = relay.Rely
@@ -218,7 +218,7 @@ OPTIONAL = frozenset({"gevent", "greenlet", "gunicorn", "prometheus_client", "li
 
 
 def test_a_mounted_relay_needs_flask_and_requests_alone() -> None:
-    loaded = modules_after("import relay.blueprint", OPTIONAL)
+    loaded = modules_after("import relay.web.extension", OPTIONAL)
     assert {"flask", "requests"} <= loaded
     modules_after(
         "from flask import Flask\n"

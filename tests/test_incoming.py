@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from relay import Relay, errors
-from relay.incoming import asks_for_events, raw_target, read_body
+from relay.web.request import asks_for_events, raw_target, read_body
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

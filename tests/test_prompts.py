@@ -973,7 +973,7 @@ def test_scripts_are_served_from_memory(tmp_path: Path, monkeypatch: pytest.Monk
     from flask import Flask
 
     from relay import Relay
-    from relay.views import files
+    from relay.web.views import files
 
     shutil.copytree(files.FOLDER, tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(files, "FOLDER", tmp_path)

@@ -1,4 +1,4 @@
-"""The Flask extension and its blueprint: which view is at which route. What the views do is in relay.views."""
+"""The Flask extension and its blueprint: which view is at which route. What the views do is in relay.web.views."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from flask import Blueprint, Flask, current_app
 from werkzeug.routing import BaseConverter
 
-from relay import cors, errors
-from relay.mount import EndHook, HeadersHook, Mount
-from relay.parts import MOUNTED, check, routes
+from relay import errors
 from relay.settings import Settings
-from relay.views import answers, relayed, state
+from relay.web import cors
+from relay.web.mount import EndHook, HeadersHook, Mount
+from relay.web.routes import MOUNTED, check, routes
+from relay.web.views import answers, relayed, state
 from relay.wire.target import METHODS
 
 if TYPE_CHECKING:

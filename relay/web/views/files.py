@@ -9,10 +9,10 @@ from pathlib import Path
 from flask import Response, request
 
 from relay import errors
-from relay.views import answers
+from relay.web.views import answers
 from relay.wire.headers import SANDBOX
 
-FOLDER = Path(__file__).resolve().parent.parent / "static"
+FOLDER = Path(__file__).resolve().parents[2] / "static"
 
 _TYPES = {
     ".js": "text/javascript; charset=utf-8",

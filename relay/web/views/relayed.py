@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 from flask import Response, request
 
 from relay import errors
-from relay.incoming import asks_for_events, check_model, raw_target, read_body, says
 from relay.stream import ticks
-from relay.views import answers, calls
-from relay.views.calls import Call
+from relay.web.request import asks_for_events, check_model, raw_target, read_body, says
+from relay.web.views import answers, calls
+from relay.web.views.calls import Call
 from relay.wire.target import METHODS, bad_target
 
 if TYPE_CHECKING:
-    from relay.mount import Mount
+    from relay.web.mount import Mount
 
 
 def relay_request(mount: Mount, rest: str) -> Response:

@@ -12,14 +12,14 @@ from relay.gate.address import client_address, payer
 from relay.gate.origin import check_host, check_origin, check_peer
 from relay.record import Record
 from relay.stream.relayed import Stream
-from relay.views import answers
+from relay.web.views import answers
 from relay.wire.headers import CREDENTIALS
 from relay.wire.target import allows
 
 if TYPE_CHECKING:
-    from relay.mount import Mount
     from relay.settings import Settings
     from relay.upstream.exchange import Exchange
+    from relay.web.mount import Mount
 
 
 class Call:

@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from relay.views import files, prompts
+from relay.web.views import files, prompts
 
 if TYPE_CHECKING:
     from flask import Response
 
-    from relay.mount import Mount
+    from relay.web.mount import Mount
 
 #: All there are, and what a mounted relay serves if nothing else is said.
 PARTS = ("prompts", "scripts", "page")

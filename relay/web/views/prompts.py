@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 from flask import Response, request
 
 from relay import errors
-from relay.incoming import check_named, read_body
 from relay.llm.prompt import Prompt
 from relay.observe import log
 from relay.shared import reports
 from relay.shared.reports import Presence
 from relay.textview import Head, TextView
-from relay.views import answers, calls
-from relay.views.calls import Call
+from relay.web.request import check_named, read_body
+from relay.web.views import answers, calls
+from relay.web.views.calls import Call
 
 if TYPE_CHECKING:
-    from relay.mount import Mount
     from relay.record import Record
     from relay.upstream.exchange import Exchange
+    from relay.web.mount import Mount
 
 #: What a client's headers say of its own body, of a page that it has, or of where a stream broke off: of another
 #: request than the one that goes upstream.

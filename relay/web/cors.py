@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from flask import Flask, request
 
 from relay.gate.origin import check_origin
-from relay.views import answers
+from relay.web.views import answers
 from relay.wire.target import METHODS
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from relay.gate.keys import TICKET_SECONDS
 from relay.gate.origin import check_origin
 from relay.stream.drain import drain
 from relay.version import __version__
-from relay.views import answers
+from relay.web.views import answers
 
 if TYPE_CHECKING:
-    from relay.mount import Mount
+    from relay.web.mount import Mount
 
 
 def ticket(mount: Mount) -> Response:

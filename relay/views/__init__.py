@@ -1,1 +1,0 @@
-"""The views: what each route does with a request. Which route is whose stands in relay.blueprint and relay.app."""
