@@ -5,6 +5,6 @@ and the file .env. `flask --app wsgi run` works for a quick look, with Flask's o
 in .env.example; without any, the relay relays from the demo upstream that it brings along.
 """
 
-from relay.app import create_app
+from relay.service.app import create_app
 
 app = create_app()

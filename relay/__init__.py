@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from relay.version import __version__
 
 if TYPE_CHECKING:
-    from relay.app import create_app
+    from relay.service.app import create_app
     from relay.web.extension import Relay
 
 __all__ = ["Relay", "__version__", "create_app"]
@@ -23,7 +23,7 @@ def __getattr__(name: str) -> Any:
 
         return Relay
     if name == "create_app":
-        from relay.app import create_app
+        from relay.service.app import create_app
 
         return create_app
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

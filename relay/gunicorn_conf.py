@@ -22,7 +22,7 @@ import tempfile  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
-from relay import cpus, listing  # noqa: E402
+from relay.service import cpus, open_streams  # noqa: E402
 from relay.settings import (  # noqa: E402
     Settings,
     SettingsError,
@@ -62,7 +62,7 @@ def configure() -> dict[str, Any]:
     _running.update(
         {
             # What is served when the command line names no application. [none]
-            "wsgi_app": "relay.app:create_app()",
+            "wsgi_app": "relay.service.app:create_app()",
             # Two listeners, each with a pool of connections of its own: health and metrics answer on the second even
             # when the first is full. [127.0.0.1:8000]
             "bind": [settings.bind, *([settings.admin_bind] if settings.admin_bind else [])],
@@ -221,7 +221,7 @@ def _tell_what_is_counted_apart(server: Any) -> None:
 
 
 def _worker_ended(_server: object, worker: Any) -> None:
-    listing.forget(worker.pid)
+    open_streams.forget(worker.pid)
     # A worker that was killed cannot take back its open streams. Its counters stay: they must never go down.
     try:
         from prometheus_client.multiprocess import mark_process_dead

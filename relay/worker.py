@@ -23,9 +23,10 @@ from gunicorn.http import message as http_message
 from gunicorn.http.body import ChunkedReader
 from gunicorn.workers.ggevent import GeventWorker
 
-from relay import errors, listing
+from relay import errors
 from relay.observe import log
 from relay.observe.metrics import metrics
+from relay.service import open_streams
 from relay.stream.drain import drain
 from relay.stream.waiting.client_socket import break_off, gone
 
@@ -78,7 +79,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
     def load_wsgi(self) -> None:
         _count_as(os.getpid())
         super().load_wsgi()
-        listing.serve()
+        open_streams.serve()
         # With thousands of streams open, a full collection stops them all for 100 ms and more. What is there now stays
         # for good, so it is not looked at again; and streams are freed by their reference counts, not by the collector.
         gc.collect()

@@ -69,14 +69,14 @@ def test_a_wrong_command_is_a_sentence(tmp_path: Path) -> None:
 
 
 def test_the_console_script_is_this_command() -> None:
-    assert 'relay = "relay.cli:main"' in (REPO / "pyproject.toml").read_text()
+    assert 'relay = "relay.cli.main:main"' in (REPO / "pyproject.toml").read_text()
 
 
 def test_asking_for_help_or_settings_loads_neither_flask_nor_requests() -> None:
     """They are for the moment in which one is in a hurry; and nothing may load ssl for whoever imports this."""
     code = (
-        "import sys, relay.cli\n"
-        "try: relay.cli.commands(['settings'], prog_name='relay')\n"
+        "import sys, relay.cli.main\n"
+        "try: relay.cli.main.commands(['settings'], prog_name='relay')\n"
         "except SystemExit: print(sorted({'flask', 'requests', 'urllib3', 'ssl', 'gevent'} & set(sys.modules)))"
     )
     env = servers.environment({"PYTHONPATH": str(REPO)})

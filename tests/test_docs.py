@@ -412,7 +412,7 @@ def test_every_make_target_that_is_named_exists() -> None:
 
 
 def test_every_command_that_is_named_exists() -> None:
-    from relay.cli import commands
+    from relay.cli.main import commands
 
     named = set(re.findall(r"`(?:(?:\.venv/bin/)?python -m )?relay ([a-z-]+)", README))
     assert named == set(commands.commands)

@@ -81,7 +81,7 @@ def test_the_table_of_what_is_raised_is_that_of_the_code() -> None:
 
 
 def test_the_options_that_are_named_exist() -> None:
-    from relay.chat import chat
+    from relay.cli.chat import chat
 
     options = {option for parameter in chat.params for option in parameter.opts}
     assert set(re.findall(r"`(-[-a-z]+)", section("relay chat"))) <= options

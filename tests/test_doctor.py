@@ -23,10 +23,10 @@ from harness.calm import Pulse, undisturbed
 from harness.client import Connection, request
 from harness.upstream import Upstream
 
-from relay.doctor import command, hops
-from relay.doctor.findings import Observations, findings
-from relay.doctor.probe import Answer, Target, Unreachable, get
-from relay.doctor.timeline import Timeline, read
+from relay.cli.doctor import command, hops
+from relay.cli.doctor.findings import Observations, findings
+from relay.cli.doctor.probe import Answer, Target, Unreachable, get
+from relay.cli.doctor.timeline import Timeline, read
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -24,7 +24,7 @@ FLOORS = {
     6: ["stream"],
     7: ["textview"],
     8: ["web"],
-    9: ["service", "cli", "app", "listing", "cpus", "chat", "doctor"],
+    9: ["service", "cli"],
     10: ["gunicorn_conf", "worker", "__main__"],
 }
 FLOOR = {f"relay.{name}": floor for floor, names in FLOORS.items() for name in names}
@@ -194,7 +194,7 @@ print(*sys.modules)
     return set(run.stdout.split())
 
 
-@pytest.mark.parametrize("module", ["relay", "relay.settings", "relay.settings.environment", "relay.cpus"])
+@pytest.mark.parametrize("module", ["relay", "relay.settings", "relay.settings.environment", "relay.service.cpus"])
 def test_what_runs_before_gevent_has_patched_is_light(module: str) -> None:
     assert not modules_after(f"import {module}") & {
         "ssl",
@@ -209,7 +209,7 @@ def test_what_runs_before_gevent_has_patched_is_light(module: str) -> None:
 
 def test_the_names_that_the_package_offers() -> None:
     assert "relay.web.extension" in modules_after("from relay import Relay")
-    assert "relay.app" in modules_after("from relay import create_app")
+    assert "relay.service.app" in modules_after("from relay import create_app")
     with pytest.raises(AttributeError, match="no attribute 'Rely'"):
         _ = relay.Rely
 

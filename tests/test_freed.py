@@ -31,8 +31,10 @@ from collections import Counter
 import gunicorn.http.message
 from flask import Flask, Request
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
-from relay import Relay, errors, exchange, record, stream, textview, waiting, worker
-from relay.app import create_app
+from relay import Relay, errors, record, textview, worker
+from relay.stream import relayed as stream, waiting
+from relay.upstream import exchange
+from relay.service.app import create_app
 
 KINDS = (
     stream.Stream, textview.TextView, exchange.Exchange, record.Record, errors.RelayError, waiting.Task,

@@ -12,9 +12,9 @@ from harness import eventually, servers
 from harness.client import Connection, request
 from harness.upstream import Upstream
 
-from relay.app import create_app
 from relay.observe import log
 from relay.observe.metrics import metrics
+from relay.service.app import create_app
 from relay.settings import Settings
 from relay.upstream.health import Health, Known
 

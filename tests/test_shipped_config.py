@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from harness import REPO, eventually, servers
 
-from relay import cpus
+from relay.service import cpus
 from relay.settings import Settings, environment
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def test_gunicorn_listens_for_the_service_and_for_the_admin(tmp_path: Path, conf
     found = shown(tmp_path, config)
     assert found["bind"] == ["127.0.0.1:8000", "127.0.0.1:8001"]
     assert found["worker_class"] == "relay.worker.Worker"
-    assert found["app"] == "relay.app:create_app()"
+    assert found["app"] == "relay.service.app:create_app()"
 
 
 def test_the_environment_decides(tmp_path: Path):

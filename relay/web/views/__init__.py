@@ -1,1 +1,1 @@
-"""The views: what each route does with a request. Which route is whose stands in relay.web.extension and relay.app."""
+"""The views: what each route does with a request. relay.web.extension and relay.service.app map routes to them."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from relay.doctor import hops
-from relay.doctor.observations import Finding
+from relay.cli.doctor import hops
+from relay.cli.doctor.observations import Finding
 
 if TYPE_CHECKING:
-    from relay.doctor.observations import Observations
+    from relay.cli.doctor.observations import Observations
 
 #: The relay's own codes, and what helps.
 _REFUSED = {

@@ -9,8 +9,8 @@ became of the body on the way, `protocol` of how the hops speak, `silence` of th
 
 from __future__ import annotations
 
-from relay.doctor.findings import delivery, protocol, refusal, service, silence
-from relay.doctor.observations import Finding, Observations
+from relay.cli.doctor.findings import delivery, protocol, refusal, service, silence
+from relay.cli.doctor.observations import Finding, Observations
 
 __all__ = ["Finding", "Observations", "findings"]
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from relay.doctor import hops
-    from relay.doctor.probe import Answer
-    from relay.doctor.timeline import Timeline
+    from relay.cli.doctor import hops
+    from relay.cli.doctor.probe import Answer
+    from relay.cli.doctor.timeline import Timeline
 
 
 @dataclass(slots=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from relay.doctor.observations import Finding
+from relay.cli.doctor.observations import Finding
 
 if TYPE_CHECKING:
-    from relay.doctor.observations import Observations
+    from relay.cli.doctor.observations import Observations
 
 
 def settings(seen: Observations) -> list[Finding]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from relay.doctor import hops
-from relay.doctor.observations import Finding
+from relay.cli.doctor import hops
+from relay.cli.doctor.observations import Finding
 
 if TYPE_CHECKING:
-    from relay.doctor.observations import Observations
-    from relay.doctor.timeline import Timeline
+    from relay.cli.doctor.observations import Observations
+    from relay.cli.doctor.timeline import Timeline
 
 
 def on_the_way(seen: Observations, pace: Timeline) -> list[Finding]:

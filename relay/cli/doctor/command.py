@@ -18,8 +18,8 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from relay.doctor.examine import Examination
-    from relay.doctor.findings import Finding
+    from relay.cli.doctor.examine import Examination
+    from relay.cli.doctor.findings import Finding
     from relay.settings import Settings
 
 _NOTHING_FOUND, _FOUND, _NOT_REACHED = range(3)
@@ -50,9 +50,9 @@ def doctor(
     Exit status 0: nothing was found. 1: there are findings. 2: no relay was reached, or the command is wrong.
     130: Ctrl-C.
     """
-    from relay.doctor.examine import Wishes, examine
-    from relay.doctor.findings import findings
-    from relay.doctor.probe import Target, Unreachable
+    from relay.cli.doctor.examine import Wishes, examine
+    from relay.cli.doctor.findings import findings
+    from relay.cli.doctor.probe import Target, Unreachable
 
     if quick and silence:
         raise click.UsageError("--quick and --silence contradict each other")
@@ -196,7 +196,7 @@ def _tell(found: Examination, every: list[Finding]) -> None:
 
 
 def _lines(found: Examination) -> list[tuple[str, str]]:
-    from relay.doctor import hops
+    from relay.cli.doctor import hops
 
     seen, pace = found.seen, found.seen.pace
     lines = [("relay", found.target.url)]

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from relay.chat import chat
-from relay.doctor.command import doctor
+from relay.cli.chat import chat
+from relay.cli.doctor.command import doctor
 from relay.version import __version__
 
 if TYPE_CHECKING:

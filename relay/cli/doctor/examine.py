@@ -15,10 +15,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from relay.doctor import probe
-from relay.doctor.observations import Observations, Refusal
-from relay.doctor.probe import Answer, Target, Unreachable
-from relay.doctor.timeline import Timeline, read
+from relay.cli.doctor import probe
+from relay.cli.doctor.observations import Observations, Refusal
+from relay.cli.doctor.probe import Answer, Target, Unreachable
+from relay.cli.doctor.timeline import Timeline, read
 
 #: The measured stream: 15 events in 2.8 s. Padded, so that nginx's usual buffers of 4 and 8 KiB show as lumps.
 _PACE = "n=15&ms=200&pad=600"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from relay.doctor.probe import Answer, Ended
+    from relay.cli.doctor.probe import Answer, Ended
 
 #: Of the time between two ticks: what comes closer together has come as one.
 _TOGETHER = 0.5

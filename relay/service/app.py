@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from flask import Flask, Response, current_app, request
 from werkzeug.exceptions import HTTPException
 
-from relay import errors, listing
+from relay import errors
 from relay.observe import log
 from relay.observe.metrics import CONTENT_TYPE, metrics
+from relay.service import open_streams
 from relay.settings import Settings, environment, split_bind
 from relay.web import cors
 from relay.web.extension import Relay
@@ -86,7 +87,7 @@ def _streams(settings: Settings) -> Response:
     """The open streams of all workers, on the admin address only."""
     if not _on_admin_address(settings):
         raise errors.NotFound("nothing is at this path; the list of streams is on RELAY_ADMIN_BIND")
-    streams, silent = listing.everywhere()
+    streams, silent = open_streams.everywhere()
     response = answers.as_json(streams)
     if silent:
         response.headers["X-Workers-Silent"] = ", ".join(map(str, silent))

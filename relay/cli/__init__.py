@@ -1,0 +1,1 @@
+"""The command `relay`: settings, check-key, chat, doctor. It reads, asks and prints; nothing imports it."""
