@@ -13,7 +13,7 @@ import relay
 
 PACKAGE = Path(relay.__file__).parent
 
-# README.md, "Development". A new module gets its floor here: the lowest on which it can stand.
+# README.md, "Development". A new package gets its floor here: the lowest on which it can stand.
 FLOORS = {
     0: ["errors", "version"],
     1: ["wire"],
