@@ -20,7 +20,7 @@ endif
 
 .PHONY: help
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: install
 install: $(RUN) ## Set up .venv with what running needs
@@ -63,6 +63,11 @@ audit: ## Look for known vulnerabilities in requirements.txt (asks PyPI)
 .PHONY: bench
 bench: $(DEV) ## Measure, beside other ways to do it
 	$(IN_VENV) -m bench $(ARGS)
+
+.PHONY: bench-compare
+bench-compare: $(DEV) ## Measure beside another version: BASE=REV; fails if something got worse by more than 5 %
+	@test -n "$(BASE)" || { echo "make bench-compare BASE=REV: with which revision?" >&2; exit 2; }
+	$(IN_VENV) -m bench.compare $(BASE) $(ARGS)
 
 .PHONY: soak
 soak: $(DEV) ## Clients and upstreams that misbehave at random, for a while

@@ -24,11 +24,15 @@ if TYPE_CHECKING:
 class Turns:
     """The peers' servers, and what was measured so far."""
 
-    def __init__(self, rig: Rig, folder: Path, mode: Mode, chosen: Sequence[str], ends: ExitStack) -> None:
-        """`folder`: for the servers' files. `chosen`: the measures to take. `ends`: what ends the servers."""
+    def __init__(
+        self, rig: Rig, folder: Path, mode: Mode, chosen: Sequence[str], ends: ExitStack, *, direct: bool = True
+    ) -> None:
+        """`folder`: for the servers' files. `chosen`: the measures to take. `ends`: what ends the servers. `direct`:
+        measure the way without a relay, too."""
         self._rig = rig
         self._folder = folder
         self._mode = mode
+        self._direct = direct
         self._chosen = [name for name in chosen if rig.ca is not None or name not in measures.TLS]
         self._ends = ends
         self._servers: dict[tuple[str, bool], Server] = {}
@@ -50,7 +54,7 @@ class Turns:
         for number in range(self._mode.rounds):
             first = number % len(peers)
             for measure in self._chosen:
-                if measure in measures.DIRECT:
+                if self._direct and measure in measures.DIRECT:
                     self._run(number, measure, report.DIRECT, Target(None, self._rig.port))
                 for peer in [*peers[first:], *peers[:first]]:
                     self._turn(number, measure, peer)

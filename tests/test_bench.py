@@ -18,7 +18,7 @@ import pytest
 from harness import REPO
 from harness.calm import undisturbed
 
-from bench import chart, check, measures, report, work
+from bench import chart, check, compare, measures, report, work
 from bench.check import Answer
 from bench.measures import Outcome
 from bench.rig import Rig
@@ -188,3 +188,56 @@ def test_what_is_missing_is_said_and_left_out(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=55, env=env, check=False)
     assert "litellm is left out" in done.stderr
     assert done.returncode == 1
+
+
+BASE = [100.0, 120.0, 95.0, 200.0, 105.0, 98.0]
+
+
+@pytest.mark.parametrize(
+    ("here", "worse"),
+    [
+        pytest.param(BASE, False, id="the same"),
+        pytest.param([value * 1.03 for value in BASE], False, id="three percent are allowed"),
+        pytest.param([value * 1.10 for value in BASE], True, id="ten percent in each pair"),
+        pytest.param([value * 0.5 for value in BASE], False, id="twice as good"),
+        pytest.param(
+            [value * by for value, by in zip(BASE, (1.4, 0.9, 1.3, 0.95, 1.35, 0.9), strict=True)],
+            False,
+            id="noise alone",
+        ),
+    ],
+)
+def test_a_version_is_worse_only_when_the_whole_interval_says_so(here: list[float], worse: bool) -> None:
+    found = compare.verdict(BASE, here)
+    assert found.worse is worse
+    assert found.low <= found.ratio <= found.high
+
+
+def test_one_pair_has_no_interval() -> None:
+    with pytest.raises(ValueError, match="two pairs"):
+        compare.verdict([1.0], [1.0])
+
+
+def test_rates_are_compared_the_other_way_round() -> None:
+    runs = {
+        (number, "flood", name): Outcome({"flood_per_cpu": rate}, set(), {})
+        for number in range(3)
+        for name, rate in (("base", 1000.0 + number), ("here", 500.0 + number))
+    }
+    found = compare.verdicts(runs, 3)
+    assert set(found) == {"flood_per_cpu"}
+    assert found["flood_per_cpu"].worse
+    assert found["flood_per_cpu"].ratio == pytest.approx(2, rel=0.01)
+
+
+def test_two_checkouts_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    """Which of two equal ones is faster is not judged: the pairs are too short for that."""
+    compare.main([str(REPO), "--smoke", "--pairs", "2", "--measures", "short"])
+    said = capsys.readouterr().out
+    assert "in times of" in said
+    assert "CPU for a stream of 3 events" in said
+
+
+def test_what_is_no_checkout_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="neither a folder nor a revision"):
+        compare.main(["no-such-revision", "--smoke", "--pairs", "2"])

@@ -33,6 +33,7 @@ class Task:
     ca: Path | None  # the upstream's certificate authority, if it is to be reached over HTTPS
     folder: Path  # for its files
     streams: int  # how many it must be able to have open; 0: what it has by default is enough
+    root: Path  # the checkout whose code it runs, where it is ours
 
     @property
     def url(self) -> str:
@@ -48,6 +49,7 @@ class Peer:
     program: str = ""
     modules: tuple[str, ...] = ()  # what must be importable
     quick: signal.Signals = signal.SIGTERM  # ends it at once
+    root: Path = REPO
 
     def missing(self) -> str:
         """Why it cannot be measured here; empty: it can."""
@@ -71,12 +73,12 @@ class Peer:
         """Start it in front of the upstream. It is up once `wait` of the server has returned."""
         folder.mkdir(parents=True)
         folder.chmod(0o755)  # the workers of an nginx that root starts are somebody else
-        task = Task(free_port(), upstream_port, ca, folder, streams)
+        task = Task(free_port(), upstream_port, ca, folder, streams, self.root)
         command, settings = self.command(task)
         env = {name: value for name, value in os.environ.items() if not _foreign(name)}
         # requests, httpx and LiteLLM read the first two.
         trust = {"REQUESTS_CA_BUNDLE": str(ca), "SSL_CERT_FILE": str(ca)} if ca else {}
-        env |= trust | {"PYTHONPATH": str(REPO), "BENCH_UPSTREAM": task.url} | settings
+        env |= trust | {"PYTHONPATH": str(self.root), "BENCH_UPSTREAM": task.url} | settings
         return Server(self.name, task.port, command, env, folder, quick=self.quick)
 
 
@@ -107,7 +109,7 @@ def _relay(task: Task) -> tuple[list[str], dict[str, str]]:
         settings["RELAY_UPSTREAM_CA"] = str(task.ca)
     if task.streams:
         settings["RELAY_MAX_STREAMS"] = str(task.streams)
-    return [sys.executable, "-m", "gunicorn", "-c", str(REPO / "gunicorn.conf.py"), "wsgi:app"], settings
+    return [sys.executable, "-m", "gunicorn", "-c", str(task.root / "gunicorn.conf.py"), "wsgi:app"], settings
 
 
 def _aiohttp(task: Task) -> tuple[list[str], dict[str, str]]:
