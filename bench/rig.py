@@ -18,8 +18,7 @@ from bench.peers import REPO
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-    from typing_extensions import Self
+    from typing import Self
 
     from bench.work import Plan
 

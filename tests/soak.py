@@ -364,7 +364,7 @@ class _Life:
         left = max(until - time.monotonic(), 0)
         try:
             clean = await asyncio.wait_for(self._read(), min(patience, left))
-        except asyncio.TimeoutError:
+        except TimeoutError:
             how = plan.leaves or "stuck"
             if left <= patience:
                 how = "close"

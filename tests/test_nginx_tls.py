@@ -30,9 +30,10 @@ from harness.client import Connection, request
 from harness.upstream import Exchange, Upstream
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from conftest import Service
     from harness.servers import Nginx
-    from typing_extensions import Self
 
 EVENTS = [("Content-Type", "text/event-stream")]
 NAME = "localhost"  # the service without client keys answers to loopback names only

@@ -30,11 +30,11 @@ from harness.upstream import PeerGone, Upstream, deaf
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import Self
 
     from conftest import Service
     from harness.servers import Gunicorn
     from harness.upstream import Exchange, Framing, Handler
-    from typing_extensions import Self
 
     Heard = Callable[[str], object]
     Error = openai.APIError | anthropic.APIError

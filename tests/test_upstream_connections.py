@@ -24,10 +24,10 @@ from harness.upstream import PeerGone, Upstream
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+    from typing import Self
 
     from harness.client import Body
     from harness.upstream import Exchange, Framing, Handler, Header
-    from typing_extensions import Self
 
 SSE = "text/event-stream"
 EVENTS: list[Header] = [("Content-Type", SSE)]

@@ -24,8 +24,7 @@ from relay.wire.sse_parser import Parser, TooLarge
 
 if TYPE_CHECKING:
     from types import TracebackType
-
-    from typing_extensions import Self
+    from typing import Self
 
     from relay.wire import sse_parser
 

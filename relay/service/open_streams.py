@@ -71,7 +71,7 @@ def _answer(listener: socket.socket) -> None:
             with asker:
                 asker.settimeout(_PATIENCE)
                 asker.sendall(json.dumps(here()).encode())
-        except OSError:  # noqa: PERF203 - one question in a while
+        except OSError:
             time.sleep(0.1)  # the asker has left, or there are no file descriptors
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from relay import errors
@@ -51,7 +51,7 @@ class Known:
             "status_code": self.status_code,
             "latency_ms": None if self.latency_ms is None else round(self.latency_ms, 1),
             "key": self.key,
-            "checked_at": datetime.fromtimestamp(self.at, timezone.utc).isoformat(timespec="seconds"),
+            "checked_at": datetime.fromtimestamp(self.at, UTC).isoformat(timespec="seconds"),
             "source": self.source,
         }
         if self.error:

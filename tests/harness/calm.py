@@ -19,8 +19,7 @@ from harness import DEADLINE, servers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from typing_extensions import Self
+    from typing import Self
 
 _LOOK = 0.02  # seconds between two looks
 _Test = TypeVar("_Test", bound="Callable[..., None]")

@@ -36,8 +36,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from types import TracebackType
-
-    from typing_extensions import Self
+    from typing import Self
 
 from harness import DEADLINE, Deadline, DeadlineExceeded
 
