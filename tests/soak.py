@@ -634,7 +634,7 @@ async def _soak(seconds: float, clients: int, seed: int, patience: float) -> Out
         lasted = time.monotonic() - began
         files_after = await loop.run_in_executor(None, relay.quiet, files[1])
         memory_after = relay.memory()
-        metrics = await loop.run_in_executor(None, relay.observe.metrics)
+        metrics = await loop.run_in_executor(None, relay.metrics)
         await upstream.stop()
         ended = await loop.run_in_executor(None, server.stop, signal.SIGTERM)
         if ended != 0:

@@ -179,7 +179,7 @@ if sys.argv[1] == "gevent":
     monkey.patch_all()
 import json, socket, threading, time
 from urllib.parse import urlsplit
-from relay import demo
+from relay.upstream import demo
 
 demo._PAUSE = 1.5
 body = json.dumps({"stream": True, "messages": [{"role": "user", "content": "hi"}]}).encode()

@@ -468,7 +468,8 @@ def test_a_head_request_gets_the_head_alone(relay: Gunicorn) -> None:
 def test_ticks_are_few_at_a_time_and_end_with_their_client(worker: str, tmp_path: Path) -> None:
     (tmp_path / "shop.py").write_text(
         "from flask import Flask\n"
-        "from relay import Relay, ticks\n"
+        "from relay import Relay\n"
+        "from relay.stream import ticks\n"
         "app = Flask(__name__)\n"
         "Relay(app, url_prefix='/v1', settings={'RELAY_UPSTREAM_URL': 'http://127.0.0.1:9'})\n"
         "@app.get('/open')\n"
@@ -607,7 +608,7 @@ def test_heartbeats_that_are_off() -> None:
 
 
 def test_every_finding_is_told_in_the_readme() -> None:
-    source = "".join(file.read_text() for file in (REPO / "relay/doctor").rglob("*.py"))
+    source = "".join(file.read_text() for file in (REPO / "relay/cli/doctor").rglob("*.py"))
     made = set(re.findall(r'Finding\(\s*"(\w+)"', source))
     assert {"buffered", "settings"} <= made
     readme = (REPO / "README.md").read_text()

@@ -14,6 +14,7 @@ from harness.upstream import Upstream
 from test_floors import modules_after
 
 from relay import errors
+from relay.gate.address import payer
 from relay.gate.rates import Rates
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def test_two_relays_in_one_app_have_budgets_of_their_own_in_one_place() -> None:
 
 
 @pytest.mark.parametrize(
-    ("address", "payer"),
+    ("address", "whose"),
     [
         pytest.param("203.0.113.7", "203.0.113.7", id="ipv4"),
         pytest.param("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64", id="ipv6"),
@@ -204,8 +205,8 @@ def test_two_relays_in_one_app_have_budgets_of_their_own_in_one_place() -> None:
         pytest.param("unknown", "unknown", id="nobody knows"),
     ],
 )
-def test_who_pays(address: str, payer: str) -> None:
-    assert payer(address) == payer
+def test_who_pays(address: str, whose: str) -> None:
+    assert payer(address) == whose
 
 
 # --- Without the library

@@ -33,7 +33,7 @@ CONFIGS = ("gunicorn.conf.py", "python:relay.gunicorn_conf")
 ECHO = """
 import json
 import os
-from relay import environment
+from relay.settings import environment
 
 def app(environ, start_response):
     start_response("200 OK", [("Content-Type", "application/json")])

@@ -611,7 +611,7 @@ monkey.patch_all()
 import sys
 from pathlib import Path
 certificates, examples, *sys.path[:0] = sys.argv[1:]
-from relay import waiting
+from relay.stream import waiting
 assert waiting.cooperative()
 import test_stream_machine
 print(test_stream_machine.examine(int(examples)))
