@@ -22,6 +22,7 @@ import tempfile  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
+from relay.gate.keys import short_keys  # noqa: E402
 from relay.service import cpus, open_streams  # noqa: E402
 from relay.settings import (  # noqa: E402
     Settings,
@@ -162,6 +163,8 @@ def _memory_folder() -> str | None:
 def _start(server: Any) -> None:
     _raise_file_limit()
     _tell_what_is_counted_apart(server)
+    if weak := short_keys(_as_given["settings"].client_keys):
+        server.log.warning(weak)
     # Workers count into files that whoever is asked for the metrics adds up. Each start begins with an empty folder:
     # files of an earlier one would be added too.
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:

@@ -11,7 +11,7 @@ import socket
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import DEADLINE, servers
+from harness import DEADLINE, eventually, servers
 from harness.client import Client
 from harness.upstream import Upstream
 
@@ -344,6 +344,148 @@ def test_health_is_no_secret_of_a_pages(keyed: Relay) -> None:
     for headers in ({"Origin": "https://evil.example"}, {"Host": "relay.example"}, {"Sec-Fetch-Site": "cross-site"}):
         response = keyed.client.request("GET", "/health/live", headers)
         assert (response.status, response.finish().ended) == (200, "clean")
+
+
+# --- GETs that cost money
+
+#: By a name over plain http, where browsers send no Sec-Fetch-Site, and nothing else by which a page shows.
+LAN = {"Host": "relay.lan"}
+PROMPT = "/chat/stream?prompt=hi"
+
+
+@pytest.mark.parametrize("target", [PROMPT, "/v1/paid/feed"])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        pytest.param(LAN, id="an-image"),
+        pytest.param(LAN | {"Accept": "text/event-stream", "Range": "bytes=0-"}, id="with-safelisted-headers"),
+        pytest.param(LAN | {"Referer": "http://evil.example/"}, id="a-link"),
+        pytest.param(LAN | {"Referer": "http://relay.lan.evil.example/"}, id="a-longer-name"),
+        pytest.param(LAN | {"Referer": "http://relay.lan:8080/"}, id="another-port"),
+        pytest.param(LAN | {"Authorization": "Basic dTpw"}, id="a-login-that-browsers-send-by-themselves"),
+        pytest.param({"Host": "192.168.1.5:8000"}, id="an-address"),
+        pytest.param({"Host": "localhost", "Sec-Fetch-Site": "same-site"}, id="another-port-of-localhost"),
+        pytest.param(LAN | {"X-Forwarded-Proto": "http"}, id="plain-http-before-the-proxy"),
+    ],
+)
+def test_a_get_that_costs_money_must_not_be_a_foreign_pages(
+    for_anyone: Relay, target: str, headers: dict[str, str]
+) -> None:
+    for_anyone.refuses("origin_not_allowed", "GET", target, headers)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        pytest.param({}, id="a-program-on-loopback"),
+        pytest.param(LAN | {"X-Requested-With": "curl"}, id="a-word-that-a-page-cannot-say"),
+        pytest.param(LAN | {"Authorization": "Bearer anything"}, id="a-bearer"),
+        pytest.param(LAN | {"Referer": "http://relay.lan/page"}, id="the-relays-own-page"),
+        pytest.param({"Host": "relay.lan:8080", "Referer": "http://relay.lan:8080/"}, id="on-its-port"),
+        pytest.param(LAN | {"Sec-Fetch-Site": "same-origin"}, id="marked-as-its-own"),
+        pytest.param(LAN | {"Sec-Fetch-Site": "none"}, id="typed-by-a-person"),
+        pytest.param(LAN | {"X-Forwarded-Proto": "https"}, id="https-before-the-proxy"),
+    ],
+)
+def test_a_get_that_says_who_made_it_passes(for_anyone: Relay, headers: dict[str, str]) -> None:
+    for_anyone.passes("GET", "/v1/paid/feed", headers)
+
+
+def test_the_list_of_models_costs_nothing(for_anyone: Relay) -> None:
+    for path in ("/v1/models", "/v1/models/gpt-4.1"):
+        for_anyone.passes("GET", path, LAN)
+
+
+@pytest.mark.slow
+def test_a_foreign_page_in_a_browser_cannot_spend_the_key(for_anyone: Relay, upstream: Upstream) -> None:
+    """Every way by which a page makes a GET without asking, and a form, over plain http to a name."""
+    from harness.browser import chromium, new_page
+
+    target = f"http://relay.lan:{for_anyone.port}"
+    get, post = f"{target}/chat/stream?prompt=hi", f"{target}/v1/chat/completions"
+    page_of_a_stranger = f"""<!doctype html><img src="{get}"><script src="{get}"></script>
+        <link rel="stylesheet" href="{get}"><iframe src="{get}"></iframe>
+        <form id="form" method="post" enctype="text/plain" target="frame" action="{post}"><input name="a"></form>
+        <iframe name="frame"></iframe><a id="link" rel="noreferrer" target="other" href="{get}">x</a>
+        <script>
+          const ignored = () => undefined;
+          document.getElementById("form").submit();
+          document.getElementById("link").click();
+          navigator.sendBeacon("{post}", "{{}}");
+          fetch("{get}", {{ mode: "no-cors", headers: {{ Accept: "text/event-stream" }} }}).catch(ignored);
+          fetch("{post}", {{ method: "POST", mode: "no-cors", body: "{{}}" }}).catch(ignored);
+          new EventSource("{get}");
+        </script>"""
+
+    def serve(ex: Exchange) -> None:
+        ex.reply(page_of_a_stranger.encode(), headers=[("Content-Type", "text/html")])
+
+    before = len(upstream.seen())
+    with Upstream(serve) as stranger, chromium("relay.lan") as browser, new_page(browser) as (page, console):
+        console.expect("relay.lan")
+        console.expect("403")
+        page.goto(f"{stranger.base_url}/page")
+        page.wait_for_load_state("networkidle")
+        eventually(lambda: for_anyone.server.log().count("origin_not_allowed") >= 8, "all of it is refused")
+        assert len(upstream.seen()) == before
+
+
+# --- The admin address
+
+
+@pytest.fixture(scope="module")
+def admin(upstream: Upstream) -> Iterator[Gunicorn]:
+    env = {"RELAY_UPSTREAM_URL": upstream.base_url, "RELAY_ADMIN_HOSTS": "relay.internal,monitor"}
+    with servers.gunicorn(env) as server:
+        yield server
+
+
+def admin_says(server: Gunicorn, path: str, headers: dict[str, str]) -> tuple[int, str]:
+    with Client(server.admin_port) as client:
+        response = client.request("GET", path, headers)
+        body = response.finish().data
+    return response.status, json.loads(body)["error"]["code"] if response.status == 403 else ""
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/streams", "/health", "/health/ready"])
+@pytest.mark.parametrize(
+    ("headers", "code"),
+    [
+        pytest.param({"Host": "evil.com"}, "host_not_allowed", id="a-name-that-points-here"),
+        pytest.param({"Host": "127.0.0.1.evil.com:8001"}, "host_not_allowed", id="a-longer-name"),
+        pytest.param({"Host": "2130706433"}, "host_not_allowed", id="a-number"),
+        pytest.param({"Host": "[::1"}, "host_not_allowed", id="a-torn-bracket"),
+        pytest.param({"Host": "a@127.0.0.1, evil.com"}, "host_not_allowed", id="two"),
+        pytest.param({"Host": "localhost", "Origin": "https://evil.com"}, "origin_not_allowed", id="a-strangers-page"),
+        pytest.param({"Host": "localhost", "Origin": "null"}, "origin_not_allowed", id="a-sandboxed-page"),
+        pytest.param({"Host": "localhost:1", "Origin": "http://localhost:2"}, "origin_not_allowed", id="another-port"),
+        pytest.param({"Sec-Fetch-Site": "cross-site"}, "origin_not_allowed", id="an-image"),
+        pytest.param({"Sec-Fetch-Site": "same-site"}, "origin_not_allowed", id="an-image-of-another-port"),
+    ],
+)
+def test_the_admin_address_is_for_no_page_and_no_foreign_name(
+    admin: Gunicorn, path: str, headers: dict[str, str], code: str
+) -> None:
+    assert admin_says(admin, path, headers) == (403, code)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        pytest.param({"Host": "localhost:8001"}, id="localhost"),
+        pytest.param({"Host": "LOCALHOST."}, id="in-capitals-with-a-dot"),
+        pytest.param({"Host": "10.244.0.17:8001"}, id="a-pods-address"),
+        pytest.param({"Host": "[fd00::17]:8001"}, id="an-ipv6-address"),
+        pytest.param({"Host": "relay.internal:8001"}, id="a-configured-name"),
+        pytest.param({"Host": "Monitor"}, id="another-in-capitals"),
+        pytest.param({"Host": "127.0.0.1:8001", "Origin": "http://127.0.0.1:8001"}, id="its-own-page"),
+        pytest.param({"Sec-Fetch-Site": "none"}, id="typed-by-a-person"),
+        pytest.param({"Sec-Fetch-Site": "same-origin"}, id="marked-as-its-own"),
+    ],
+)
+def test_probes_and_persons_reach_the_admin_address(admin: Gunicorn, headers: dict[str, str]) -> None:
+    for path in ("/metrics", "/streams", "/health/live"):
+        assert admin_says(admin, path, headers)[0] == 200
 
 
 # --- Hosts and addresses

@@ -33,6 +33,16 @@ def client_address(environ: Mapping[str, Any], settings: Settings) -> str:
     return "unix" if address is None else str(address)
 
 
+def over_tls(environ: Mapping[str, Any], settings: Settings) -> bool:
+    """Whether the client uses https: on this connection or, as a trusted proxy's `X-Forwarded-Proto` says, to it."""
+    if environ.get("wsgi.url_scheme") == "https":
+        return True
+    peer = parse_address(str(environ.get("REMOTE_ADDR") or ""))
+    trusted = peer is None or any(peer in network for network in settings.trusted_proxies)
+    said = str(environ.get("HTTP_X_FORWARDED_PROTO", "")).rpartition(",")[2].strip().lower()
+    return trusted and said == "https"
+
+
 def payer(address: str) -> str:
     """Whose budget a client at this address uses up: its own, or with IPv6 that of its /64.
 

@@ -4,38 +4,54 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-from itsdangerous import BadData, URLSafeTimedSerializer
+from urllib.parse import unquote, unquote_plus
 
 from relay import errors
+from relay.gate.tickets import Tickets
 
-#: Seconds that a ticket is good for: enough for a page to open its EventSource, too little to be passed around.
-TICKET_SECONDS = 60
+#: Shorter keys can be guessed: 16 random characters of 62 have 95 bits.
+SHORT = 16
+
+#: Where Google's APIs take a key in the query (cloud.google.com/docs/authentication/api-keys; the OAuth 2.0 standard
+#: query parameters of its discovery documents).
+_GOOGLE_PARAMETERS = frozenset(["key", "access_token", "oauth_token"])
+_GOOGLE_HOST = re.compile(r"(?:.+\.)?googleapis\.com(?::\d+)?", re.IGNORECASE)
+#: Headers whose whole value is a key.
+_KEY_HEADERS = ("HTTP_X_API_KEY", "HTTP_API_KEY", "HTTP_X_GOOG_API_KEY")
+#: What separates a key from what stands beside it in a header's value: a scheme, other cookies, quotes.
+_WORDS = re.compile(r"[^\s,;=\"']+")
+
+Headers = list[tuple[str, str]]
+
+
+def is_google(host: str) -> bool:
+    """Whether an upstream of this host (and port) takes its key in the query, too."""
+    return _GOOGLE_HOST.fullmatch(host) is not None
 
 
 class ClientKeys:
     """The keys that clients may call with. Without any, everybody may."""
 
-    def __init__(self, keys: Iterable[str]) -> None:
+    def __init__(self, keys: Iterable[str], *, ticket_secret: str | None = None, google: bool = False) -> None:
+        """`ticket_secret`: RELAY_TICKET_SECRET. `google`: the upstream takes its key in the query, too."""
+        keys = tuple(keys)
         # Digests have one length, so that comparing them tells nothing of the keys'.
         self._digests = [_digest(key) for key in keys]
-        # Signed with the keys themselves, so that every worker and host that has them can check a ticket, and none is
-        # good any more when the keys have changed.
-        self._tickets = URLSafeTimedSerializer(b"".join(sorted(self._digests)), salt="relay-ticket")
+        self._lengths = frozenset(map(len, keys))
+        self._google = google
+        self.tickets = Tickets(self._digests, ticket_secret)
 
     def __bool__(self) -> bool:
         return bool(self._digests)
 
-    def ticket(self, name: str) -> str:
-        """A ticket for the client of this name, for `?ticket=`: EventSource cannot send headers."""
-        return str(self._tickets.dumps(name))
-
     def take_ticket(self, query: str | None) -> tuple[str | None, str | None]:
-        """The name of the client whose ticket is in a raw query, and the query without it.
+        """Return the client whose ticket is in a raw query, and the query without it.
 
-        No name: there is none. Raises Unauthorized for one that is not good, or no longer.
+        The client is None if the query has no ticket. Raises Unauthorized if the ticket is forged or expired, or its
+        key is gone.
         """
         if not self or query is None or "ticket=" not in query:
             return None, query
@@ -43,31 +59,87 @@ class ClientKeys:
         tickets = [part for part in parts if part.startswith("ticket=")]
         if not tickets:
             return None, query
-        try:
-            name = self._tickets.loads(tickets[0].partition("=")[2], max_age=TICKET_SECONDS)
-        except BadData:
-            raise _unauthorized("the ticket is not good, or no longer; POST /ticket gives another") from None
-        return str(name), "&".join(part for part in parts if part not in tickets) or None
+        digest = self.tickets.digest(tickets[0].partition("=")[2])
+        if digest is None:
+            raise _unauthorized("the ticket is invalid or has expired; POST /ticket returns a new one")
+        return client_name(digest), "&".join(part for part in parts if part not in tickets) or None
 
-    def check(self, environ: Mapping[str, Any]) -> str | None:
-        """Who the client is by the key in its headers: a short name for limits, from which the key cannot be had.
+    def check(self, environ: Mapping[str, Any], query: str | None = None) -> bytes | None:
+        """Return the digest of the client key that a request shows.
 
-        The key is taken from `Authorization: Bearer`, `x-api-key` or `api-key`. None: no keys are set. Raises
-        Unauthorized if none of ours came.
+        The key is taken from `Authorization: Bearer`, `x-api-key`, `api-key` or `x-goog-api-key` and, in front of
+        Google's APIs, from the raw query's `key`, `access_token` or `oauth_token`. None: no keys are set. Raises
+        Unauthorized if no known key is shown.
         """
         if not self._digests:
             return None
-        for candidate in _candidates(environ):
+        candidates = _in_headers(environ)
+        if self._google and query:
+            fields = map(_field, query.split("&"))
+            candidates += [value for name, value in fields if name in _GOOGLE_PARAMETERS]
+        for candidate in candidates:
             given = _digest(candidate)
             # All are compared, whichever fits.
             known = False
             for digest in self._digests:
                 known |= hmac.compare_digest(given, digest)
             if known:
-                return f"key:{given.hex()[:12]}"
+                return given
         raise _unauthorized(
-            "a client key is needed, in `Authorization: Bearer`, `x-api-key` or `api-key`, and none that is known came"
+            "missing or unknown client key; send it in Authorization: Bearer, x-api-key, api-key or x-goog-api-key"
         )
+
+    # What must not go upstream.
+
+    def without_keys(self, headers: Headers) -> Headers:
+        """The headers but for those with a client key in their value, wherever in it."""
+        if not self._digests:
+            return headers
+        return [pair for pair in headers if not self._holds_key(pair[1])]
+
+    def query_without_keys(self, query: str | None, *, own_credentials: bool) -> str | None:
+        """A raw query without what is a client key; None if nothing is left.
+
+        A parameter goes if its value is a client key: `?key=room1` is an ordinary name on other APIs than Google's.
+        There the credentials' parameters go whatever they hold, if the relay or its clients have keys of their own
+        (`own_credentials`).
+        """
+        if not query or not (self._digests or (self._google and own_credentials)):
+            return query
+        kept = []
+        for part in query.split("&"):
+            name, value = _field(part)
+            if own_credentials and self._google and name in _GOOGLE_PARAMETERS:
+                continue
+            if self._is_key(value) or self._is_key(unquote(part.partition("=")[2], "latin-1")):
+                continue
+            kept.append(part)
+        return "&".join(kept) or None
+
+    def _holds_key(self, value: str) -> bool:
+        if self._is_key(value):
+            return True
+        return any(len(word) in self._lengths and self._is_key(word) for word in _WORDS.findall(value))
+
+    def _is_key(self, text: str) -> bool:
+        # The length first: almost nothing has it, and a digest is dear for each parameter of each request.
+        return len(text) in self._lengths and _digest(text) in self._digests
+
+
+def client_name(digest: bytes) -> str:
+    """What limits call the client with a key of this digest; the key cannot be had from it."""
+    return f"key:{digest.hex()[:12]}"
+
+
+def short_keys(keys: Sequence[str]) -> str:
+    """A sentence for the log if there are keys that can be guessed, else an empty one. It names none."""
+    short = sum(len(key) < SHORT for key in keys)
+    if not short:
+        return ""
+    return (
+        f"RELAY_CLIENT_KEYS: {short} of {len(keys)} keys {'has' if short == 1 else 'have'} fewer than {SHORT} "
+        "characters and can be guessed; make long ones with `openssl rand -hex 24`"
+    )
 
 
 def _unauthorized(message: str) -> errors.Unauthorized:
@@ -76,11 +148,17 @@ def _unauthorized(message: str) -> errors.Unauthorized:
     return error
 
 
-def _candidates(environ: Mapping[str, Any]) -> list[str]:
+def _in_headers(environ: Mapping[str, Any]) -> list[str]:
     scheme, _, token = str(environ.get("HTTP_AUTHORIZATION", "")).partition(" ")
     found = [token.strip()] if scheme.lower() == "bearer" else []
-    found += [str(environ.get(name, "")) for name in ("HTTP_X_API_KEY", "HTTP_API_KEY")]
+    found += [str(environ.get(name, "")) for name in _KEY_HEADERS]
     return [key for key in found if key]
+
+
+def _field(part: str) -> tuple[str, str]:
+    """A parameter's name, lower case, and its value, both decoded as a form's: what any upstream may read there."""
+    name, _, value = part.partition("=")
+    return unquote_plus(name, "latin-1").lower(), unquote_plus(value, "latin-1")
 
 
 def _digest(key: str) -> bytes:

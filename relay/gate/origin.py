@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from relay import errors
-from relay.gate.address import parse_address
+from relay.gate.address import over_tls, parse_address
 
 if TYPE_CHECKING:
     from relay.settings import Settings
+
+#: Headers that make a browser ask first (a preflight) before it sends them for a page of another origin.
+_NOT_SAFELISTED = ("HTTP_X_REQUESTED_WITH", "HTTP_X_API_KEY", "HTTP_API_KEY", "HTTP_X_GOOG_API_KEY")
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
@@ -32,6 +35,61 @@ def check_origin(environ: Mapping[str, Any], settings: Settings) -> None:
         )
     if environ.get("HTTP_SEC_FETCH_SITE") == "cross-site" and "*" not in allowed:
         raise errors.Forbidden("pages of other sites may not call the relay", code="origin_not_allowed")
+
+
+def check_paid_get(environ: Mapping[str, Any], settings: Settings) -> None:
+    """Refuse a GET that costs money unless a foreign page cannot have made it. Raises Forbidden.
+
+    An image, a link or a script of any page makes GETs. Browsers mark them with `Sec-Fetch-Site` (W3C Fetch Metadata),
+    but only on their way to https and to loopback names. On plain http the request must say something that such a page
+    cannot: a header that is not CORS-safelisted (Fetch standard), or a `Referer` of the relay's own host. `Accept` is
+    no such thing: any page may set it. Comes after `check_origin`, which has let the request pass.
+    """
+    if "HTTP_ORIGIN" in environ or "*" in settings.cors_origins:
+        return
+    site = environ.get("HTTP_SEC_FETCH_SITE")
+    if site is not None:
+        if site in ("same-origin", "none"):  # the second: typed by a person, or a bookmark
+            return
+        raise _foreign_get("a page of another site, or of another port, made it")
+    host = str(environ.get("HTTP_HOST", ""))
+    name = _split_host(host)[0]
+    if not host or _loopback_name(name) or over_tls(environ, settings):
+        return  # a browser would have marked it, so this is a program
+    # Browsers send Basic by themselves, for an image too.
+    bearer = str(environ.get("HTTP_AUTHORIZATION", "")).lower().startswith("bearer ")
+    if bearer or any(word in environ for word in _NOT_SAFELISTED):
+        return
+    if not _same_host(str(environ.get("HTTP_REFERER", "")), host):
+        raise _foreign_get("on plain http it cannot be told from one that a foreign page made")
+
+
+def _foreign_get(why: str) -> errors.Forbidden:
+    return errors.Forbidden(
+        f"this GET costs money, and {why}; send the header X-Requested-With, or use POST or https",
+        code="origin_not_allowed",
+    )
+
+
+def check_admin(environ: Mapping[str, Any], settings: Settings) -> None:
+    """Refuse pages, and names that somebody else made point here, on the admin address. Raises Forbidden.
+
+    It asks nobody for a key, so that a page in a browser of somebody who can connect could read it (DNS rebinding).
+    Probes and Prometheus send an IP address or no name at all.
+    """
+    host = str(environ.get("HTTP_HOST", ""))
+    name = _split_host(host)[0].removesuffix(".")
+    known = not host or _loopback_name(name) or parse_address(name) is not None or name in settings.admin_hosts
+    if not known:
+        raise errors.Forbidden(
+            "the admin address answers to localhost, IP addresses and the names in RELAY_ADMIN_HOSTS; add this one to "
+            "it if it is yours",
+            code="host_not_allowed",
+        )
+    origin = environ.get("HTTP_ORIGIN")
+    foreign = origin is not None and not _same_host(str(origin), host)
+    if foreign or environ.get("HTTP_SEC_FETCH_SITE", "none") not in ("same-origin", "none"):
+        raise errors.Forbidden("pages of other origins may not call the admin address", code="origin_not_allowed")
 
 
 def check_host(environ: Mapping[str, Any], settings: Settings) -> None:

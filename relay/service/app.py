@@ -11,6 +11,7 @@ from flask import Flask, Response, current_app, request
 from werkzeug.exceptions import HTTPException
 
 from relay import errors
+from relay.gate.origin import check_admin
 from relay.observe import log
 from relay.observe.metrics import CONTENT_TYPE, metrics
 from relay.service import open_streams
@@ -95,9 +96,12 @@ def _streams(settings: Settings) -> Response:
 
 
 def _admin_has_no_more(settings: Settings) -> None:
-    """Keep the relay itself off the admin address, which monitoring may reach and whoever guards the service may not
-    guard. Raises NotFound."""
-    if request.endpoint not in _ADMIN and _on_admin_address(settings):
+    """Serve only admin routes on the admin address, and those to no page: it is open to monitoring, and may bypass the
+    proxy that protects the service. Raises NotFound or Forbidden."""
+    if not _on_admin_address(settings):
+        return
+    check_admin(request.environ, settings)
+    if request.endpoint not in _ADMIN:
         raise errors.NotFound(
             "nothing is at this path: here are health, metrics and the list of streams; the relay is on RELAY_BIND"
         )

@@ -223,6 +223,18 @@ def _origin(item: str) -> str:
     return origin
 
 
+def _hosts(value: object) -> frozenset[str]:
+    hosts = set()
+    for item in as_items(value):
+        parts = _split_url(f"http://{item}")
+        if parts is None or not parts.hostname or parts.netloc != item:
+            raise FaultError(f"{item!r} is not a host name, such as relay.internal")
+        if parts.port is not None:
+            raise FaultError(f"{item!r} has a port, which does not count; did you mean {parts.hostname}?")
+        hosts.add(parts.hostname.removesuffix("."))
+    return frozenset(hosts)
+
+
 def _mount(value: object) -> str:
     text = required(value)
     if not text.startswith("/"):
@@ -277,6 +289,7 @@ LIMITS_URL = Kind("memory:// or redis://host:port (rediss:// for TLS)", _limits_
 BIND = Kind(_ADDRESS, _bind)
 BIND_OR_OFF = Kind(f"{_ADDRESS}; empty turns it off", _bind_or_off)
 NETWORKS = Kind("addresses or networks (10.0.0.0/8), separated by commas", _networks)
+HOSTS = Kind("host names separated by commas", _hosts)
 ORIGINS = Kind("origins (https://shop.example) separated by commas, or *", _origins)
 MOUNT = Kind("/ or a path such as /v1, of letters, digits and . _ ~ - only", _mount)
 HEALTH_PATH = Kind("a path below the upstream URL, such as models", _health_path)

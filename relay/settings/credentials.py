@@ -29,6 +29,9 @@ _NOT_SETTABLE = frozenset(
     }
 )
 
+# What signs tickets must not be guessed from one.
+_SHORTEST_SECRET = 16
+
 # Where a provider's key may stand when it is not in RELAY_UPSTREAM_KEY.
 _KEY_HEADERS = frozenset({"authorization", "x-api-key", "api-key", "x-goog-api-key", "cookie"})
 _KEY_FIELDS = frozenset({"key", "api_key", "api-key", "apikey", "access_token", "token", "code"})
@@ -63,6 +66,14 @@ def _key(value: object) -> str | None:
         raise FaultError("is the bare key, without the word Bearer")
     if value and _KEY.fullmatch(value) is None:
         raise FaultError("must not contain spaces, newlines or characters beyond latin-1")
+    return value or None
+
+
+def _ticket_secret(value: object) -> str | None:
+    if not isinstance(value, str):
+        raise FaultError
+    if value and len(value) < _SHORTEST_SECRET:
+        raise FaultError(f"has fewer than {_SHORTEST_SECRET} characters; make one with `openssl rand -hex 32`")
     return value or None
 
 
@@ -175,6 +186,7 @@ def _header_names(value: object) -> frozenset[str]:
 
 ALLOW = Kind("METHOD path patterns separated by commas, or *", _allow)
 KEY = Kind("a key, as text", _key)
+TICKET_SECRET = Kind("a secret of 16 characters or more, the same on every host", _ticket_secret)
 CLIENT_KEYS = Kind("keys separated by commas, or @file with one a line", _client_keys)
 KEY_HEADER = Kind("a header's name, such as x-api-key", _key_header)
 HEADERS = Kind('a JSON object of texts, such as {"x-version": "1"}', _headers)

@@ -62,6 +62,7 @@ class Settings:
     models: frozenset[str] | None  # None is any
     chat_model: str
     client_keys: tuple[str, ...]
+    ticket_secret: str | None
     allow_anonymous: bool
     trusted_proxies: tuple[Network, ...]
     transparent: bool
@@ -87,6 +88,7 @@ class Settings:
     keepalive: float  # 0 is off
     bind: str
     admin_bind: str | None  # None is off
+    admin_hosts: frozenset[str]  # in lower case
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, object], *, service: bool = False) -> Settings:

@@ -12,6 +12,7 @@ from relay.settings.addresses import (
     BIND,
     BIND_OR_OFF,
     HEALTH_PATH,
+    HOSTS,
     LIMITS_URL,
     MOUNT,
     NETWORKS,
@@ -20,7 +21,7 @@ from relay.settings.addresses import (
     PROXY,
     UPSTREAM_URL,
 )
-from relay.settings.credentials import ALLOW, CLIENT_KEYS, HEADER_NAMES, HEADERS, KEY, KEY_HEADER, QUERY
+from relay.settings.credentials import ALLOW, CLIENT_KEYS, HEADER_NAMES, HEADERS, KEY, KEY_HEADER, QUERY, TICKET_SECRET
 from relay.settings.values import NAME, NAMES, RATE, SWITCH, Kind, count, duration, size
 
 PREFIX = "RELAY_"
@@ -109,6 +110,13 @@ _CALLERS = (
         CLIENT_KEYS,
         "",
         "keys of which a client must show one; unset: anyone who can connect",
+        secret=True,
+    ),
+    Setting(
+        "RELAY_TICKET_SECRET",
+        TICKET_SECRET,
+        "",
+        "what tickets are signed with; unset: a random secret that the workers of this host share",
         secret=True,
     ),
     Setting(
@@ -238,6 +246,12 @@ _SERVER = (
         BIND_OR_OFF,
         "127.0.0.1:8001",
         "health, metrics and the list of open streams, which answer even when the service is full",
+    ),
+    Setting(
+        "RELAY_ADMIN_HOSTS",
+        HOSTS,
+        "",
+        "names by which the admin address may be called, besides localhost and IP addresses",
     ),
 )
 

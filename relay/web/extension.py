@@ -9,6 +9,8 @@ from flask import Blueprint, Flask, current_app
 from werkzeug.routing import BaseConverter
 
 from relay import errors
+from relay.gate.keys import short_keys
+from relay.observe import log
 from relay.settings import Settings
 from relay.web import cors
 from relay.web.mount import EndHook, HeadersHook, Mount
@@ -76,6 +78,8 @@ class Relay:
             on_end=self._on_end,
         )
         self._mount(app, mount, url_prefix or self.url_prefix or settings.mount)
+        if weak := short_keys(settings.client_keys):
+            log.logger.warning("relay %r: %s", self.name, weak)
 
     def init_service(self, app: Flask, settings: Settings) -> Mount:
         """Register the blueprint as the service's own, at its mount."""

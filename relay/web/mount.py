@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from relay.gate.keys import ClientKeys
+from relay.gate.keys import ClientKeys, is_google
 from relay.gate.rates import Rates
 from relay.gate.slots import Admission, streams_that_files_allow
 from relay.observe import log
@@ -47,18 +47,24 @@ class Mount:
         self.name = name
         self.settings = settings
         self.service = service
-        self.keys = ClientKeys(settings.client_keys)
+        self.keys = ClientKeys(
+            settings.client_keys, ticket_secret=settings.ticket_secret, google=is_google(settings.upstream_host)
+        )
+        #: The relay or its clients have keys of their own, so that a client's credentials must not go upstream.
+        self.own_credentials = settings.adds_key or bool(settings.client_keys)
         self.health = Health(name, settings, self._upstream_at_last)
         self.started = time.monotonic()
         self.headers = RequestHeaders(
             drop=settings.drop_headers,
-            own_credentials=settings.adds_key or bool(settings.client_keys),
+            own_credentials=self.own_credentials,
             transparent=settings.transparent,
         )
         counts = settings.rate_limit is not None or settings.max_streams_per_client > 0
         self._store = _store(settings.limits_url) if counts and settings.shares_limits else None
         self.rates = Rates(settings.rate_limit, name, self._store) if settings.rate_limit is not None else None
         self._hook = request_headers
+        #: What goes upstream may be paid by the operator: with the relay's key, or with one of the app's hook.
+        self.spends = settings.adds_key or request_headers is not None
         self._on_end = on_end
         self.wants_model = on_end is not None  # the record of a stream names model and tenant only for the hook
         #: A chat request goes upstream in Anthropic's shape and not in OpenAI's.

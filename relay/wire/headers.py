@@ -22,7 +22,7 @@ _OF_THE_CONNECTION = _HOP_BY_HOP | {"host", "content-length", "expect"}
 # names it is a client's `Content_Type`, which some servers take for the same.
 _REWRITTEN = frozenset("host content-length content-type accept-encoding expect x-request-id".split())
 _OF_THE_BROWSER = frozenset("cookie origin".split())
-CREDENTIALS = frozenset("authorization x-api-key api-key".split())
+CREDENTIALS = frozenset("authorization x-api-key api-key x-goog-api-key".split())
 # To some servers the path or method is what these say (IIS, Symfony; Rails, Express): a key that the relay adds would
 # open others than those it was meant for.
 _OTHER_TARGETS = frozenset(

@@ -26,12 +26,16 @@ expect.set_options(timeout=_PATIENCE)
 
 
 @contextlib.contextmanager
-def chromium() -> Iterator[Browser]:
-    """A browser. While it runs, this process has an asyncio loop: keep it to a module."""
+def chromium(*names: str) -> Iterator[Browser]:
+    """A browser. While it runs, this process has an asyncio loop: keep it to a module.
+
+    `names`: further host names, which it finds on the loopback.
+    """
     program = shutil.which("chromium")
     if program is None:
         raise AssertionError("these tests need Chromium (apt-get install chromium): it is not installed")
-    arguments = [f"--host-resolver-rules={_LOOPBACK_ONLY}"]
+    rules = [*(f"MAP {name} 127.0.0.1" for name in names), _LOOPBACK_ONLY]
+    arguments = [f"--host-resolver-rules={', '.join(rules)}"]
     if os.geteuid() == 0:
         arguments.append("--no-sandbox")  # Chromium's sandbox refuses to run as root
     with sync_playwright() as playwright:

@@ -9,7 +9,8 @@ from flask import Response, g, request
 
 from relay import errors
 from relay.gate.address import client_address, payer
-from relay.gate.origin import check_host, check_origin, check_peer
+from relay.gate.keys import client_name
+from relay.gate.origin import check_host, check_origin, check_paid_get, check_peer
 from relay.record import Record
 from relay.stream.relayed import Stream
 from relay.web.views import answers
@@ -42,14 +43,28 @@ class Call:
             check_peer(self.address, settings)
 
     def identify(self, query: str | None) -> str | None:
-        """Who calls, by a ticket in the raw query, a key or an address; gives the query without the ticket.
+        """Find out who calls, by a ticket in the raw query, a key or an address.
 
-        Raises Unauthorized.
+        Returns the query without what the client has shown in it. Raises Unauthorized.
         """
-        mount = self.mount
-        holder, query = mount.keys.take_ticket(query)
-        self.client = holder or mount.keys.check(self.environ) or payer(self.address)
-        return query
+        keys = self.mount.keys
+        holder, query = keys.take_ticket(query)
+        if holder is None and (digest := keys.check(self.environ, query)) is not None:
+            holder = client_name(digest)
+        self.client = holder or payer(self.address)
+        return keys.query_without_keys(query, own_credentials=self.mount.own_credentials)
+
+    def headers(self) -> list[tuple[str, str]]:
+        """The client's headers that may go upstream. Raises BadRequest for one that would not stay on its line."""
+        return self.mount.keys.without_keys(self.mount.headers.select(self.environ))
+
+    def paid_get(self) -> None:
+        """Refuse a GET that costs money and may be a foreign page's. Raises Forbidden.
+
+        A key or a ticket, where the relay asks for one, is a word that such a page cannot say.
+        """
+        if not self.mount.keys:
+            check_paid_get(self.environ, self.mount.settings)
 
     def permit(self, method: str, path: str) -> None:
         """Raises Forbidden if this must not be called upstream."""

@@ -49,6 +49,8 @@ def chat_stream(mount: Mount) -> Response:
     """The same as events of plain text; for pages, a GET too."""
     call = _call(mount, "GET", "POST")
     event_source = call.asked.method == "GET"
+    if event_source:
+        call.paid_get()
     if event_source and "HTTP_LAST_EVENT_ID" in call.environ:
         # An EventSource that connects again, as it does after any end, would ask, and bill, the same again. 204 stops
         # it for good (WHATWG HTML section 9.2.3).
@@ -102,7 +104,7 @@ def _exchange(call: Call, route: str, *, event_source: bool) -> tuple[Exchange, 
     call.permit("POST", path)
     if settings.models is not None:
         check_named(prompt.model, settings.models)
-    headers = [pair for pair in mount.headers.select(call.environ) if pair[0].lower() not in _OF_THE_OLD_REQUEST]
+    headers = [pair for pair in call.headers() if pair[0].lower() not in _OF_THE_OLD_REQUEST]
     headers += [("Content-Type", "application/json"), ("Accept", "text/event-stream")]
     record = call.record(route=route, model=prompt.model, asks_for_events=False)
     exchange = mount.upstream.exchange("POST", f"/{path}", None, headers, body, call.overrides(record))

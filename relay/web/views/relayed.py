@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,9 @@ from relay.wire.target import METHODS, bad_target
 
 if TYPE_CHECKING:
     from relay.web.mount import Mount
+
+#: Raw paths below the mount whose GET costs nothing with any provider: the list of models, and one of them.
+_FREE_GET = re.compile(r"models(?:/[^/]*)?")
 
 
 def relay_request(mount: Mount, rest: str) -> Response:
@@ -32,6 +36,8 @@ def relay_request(mount: Mount, rest: str) -> Response:
     if fault:
         raise errors.BadRequest(fault, code="bad_path")
     call.permit(method, path)
+    if method in ("GET", "HEAD") and mount.spends and not _FREE_GET.fullmatch(path):
+        call.paid_get()
     call.count()
     body = read_body(asked, settings.max_body)
     said = None if settings.models is None else check_model(asked, body, settings.models)
@@ -44,7 +50,7 @@ def relay_request(mount: Mount, rest: str) -> Response:
         asks_for_events=asks_for_events(asked, path, body, said),
     )
     slash = "/" if path or environ["PATH_INFO"].endswith("/") else ""  # `/v1/` is not `/v1`
-    headers = mount.headers.select(environ)
+    headers = call.headers()
     exchange = mount.upstream.exchange(method, slash + path, query, headers, body, call.overrides(record))
 
     def begin(response: Response, start_response: Callable[..., Any]) -> Iterable[bytes]:

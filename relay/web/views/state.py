@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from flask import Response, request
 
 from relay import errors
-from relay.gate.keys import TICKET_SECONDS
 from relay.gate.origin import check_origin
+from relay.gate.tickets import TICKET_SECONDS
 from relay.stream.drain import drain
 from relay.version import __version__
 from relay.web.views import answers
@@ -23,8 +23,9 @@ def ticket(mount: Mount) -> Response:
     if not mount.keys:
         raise errors.NotFound("no client keys are set (RELAY_CLIENT_KEYS), so nobody needs a ticket")
     check_origin(request.environ, mount.settings)
-    name = mount.keys.check(request.environ)
-    return answers.as_json({"ticket": mount.keys.ticket(str(name)), "expires_in": TICKET_SECONDS})
+    digest = mount.keys.check(request.environ)
+    assert digest is not None  # noqa: S101 - there are keys
+    return answers.as_json({"ticket": mount.keys.tickets.make(digest), "expires_in": TICKET_SECONDS})
 
 
 def health(mount: Mount) -> Response:
