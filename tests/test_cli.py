@@ -126,6 +126,7 @@ def test_no_secret_is_shown(tmp_path: Path) -> None:
         "RELAY_UPSTREAM_QUERY": f"code={KEY}",
         "RELAY_UPSTREAM_PROXY": f"http://me:{KEY}@proxy.example:3128",
         "RELAY_CLIENT_KEYS": KEY,
+        "RELAY_TICKET_SECRET": KEY,
         "RELAY_LIMITS_URL": f"redis://:{KEY}@redis.example:6379",
     }
     assert set(secrets) == {setting.name for setting in SETTINGS if setting.secret}

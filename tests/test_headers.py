@@ -62,11 +62,35 @@ NEVER_UPSTREAM = {
     *("Forwarded", "X-Real-IP", "Via", "CF-Ray", "CF-Connecting-IP", "CF-Access-Jwt-Assertion", "CDN-Loop"),
     *("True-Client-IP", "X-Amzn-Trace-Id", "X-Amzn-Oidc-Data", "X-MS-Client-Principal", "X-Goog-IAP-JWT-Assertion"),
     *("X-Auth-Request-User", "X-Auth-Request-Access-Token", "Remote-User", "Remote-Groups"),
-    *("X-CSRF-Token", "X-CSRFToken", "X-XSRF-Token"),
+    *("X-CSRF-Token", "X-CSRFToken", "X-XSRF-Token", "CSRF-Token", "RequestVerificationToken"),
+    *("baggage", "ot-baggage-user", "uberctx-tenant", "sentry-trace", "X-Client-IP", "X-Cluster-Client-IP"),
+    *("x-amzn-mtls-clientcert", "X-Amz-Cf-Id", "CloudFront-Viewer-Country", "x-ms-token-aad-id-token"),
+    *("x-ms-client-principal-name", "X-ARR-ClientCert", "X-Azure-FDID", "X-Goog-Authenticated-User-Email"),
+    *("x-serverless-authorization", "X-Apigee-Org", "X-Endpoint-API-UserInfo", "Fastly-Client-IP"),
+    *("X-Vercel-OIDC-Token", "X-Vercel-IP-City", "x-nf-client-connection-ip", "Fly-Client-IP", "DO-Connecting-IP"),
+    *("x-envoy-external-address", "l5d-client-id", "X-Consumer-Username", "X-Credential-Identifier", "X-Userinfo"),
+    *("X-Pomerium-Jwt-Assertion", "X-Pomerium-Claim-Email", "X-authentik-username", "Gap-Auth", "X-Vouch-User"),
+    *("X-Auth-Subject", "X-Auth-Username", "X-User", "X-User-Email", "teleport-jwt-assertion", "X-WebAuth-User"),
+    *("Tailscale-User-Login", "ngrok-auth-user-email", "X-Token-User-Email", "OIDC-Claim-Sub", "MELLON-NAME-ID"),
+    *("Shib-Session-ID", "eppn", "SM-User", "iv-user", "OAM-Remote-User", "X-JWT-Assertion", "X-Hasura-Role"),
 }
 OF_THE_BROWSER = ("Cookie", "Origin")
-CREDENTIALS = ("Authorization", "x-api-key", "api-key")
-OTHER_TARGETS = ("X-Original-URL", "X-Rewrite-URL", "X-HTTP-Method-Override", "X-HTTP-Method", "X-Method-Override")
+CREDENTIALS = ("Authorization", "x-api-key", "api-key", "x-goog-api-key", "X-Auth-Token", "X-Session-Id", "X-Token")
+OTHER_TARGETS = (
+    "X-Original-URI",
+    "X-Override-URL",
+    "Base-URL",
+    "Request-URI",
+    "X-HTTP-DestinationURL",
+    "X-Host",
+    "Helicone-Target-URL",
+    "X-Portkey-Custom-Host",
+    "X-Original-URL",
+    "X-Rewrite-URL",
+    "X-HTTP-Method-Override",
+    "X-HTTP-Method",
+    "X-Method-Override",
+)
 
 
 @pytest.mark.parametrize("name", sorted(NEVER_UPSTREAM))
@@ -112,9 +136,8 @@ def test_with_keys_of_its_own_it_keeps_back_what_could_spend_them_otherwise(name
             "OpenAI-Project",
             "anthropic-version",
             "anthropic-beta",
-            "x-goog-api-key",
         ),
-        *("Idempotency-Key", "X-Stainless-Lang", "X-Stainless-Retry-Count", "traceparent", "tracestate", "baggage"),
+        *("Idempotency-Key", "X-Stainless-Lang", "X-Stainless-Retry-Count", "traceparent", "tracestate", "b3"),
         *(
             "X-Title",
             "HTTP-Referer",
@@ -125,12 +148,83 @@ def test_with_keys_of_its_own_it_keeps_back_what_could_spend_them_otherwise(name
             "Priority",
         ),
         *("X-Forwarder", "Remote", "Second", "Viable", "Securely", "CFX", "X-MSG", "Hosts", "Cookies", "Origins"),
+        # what APIs take although proxies share the prefix
+        *("X-Amzn-Bedrock-GuardrailIdentifier", "X-Amzn-Bedrock-GuardrailVersion", "X-Amzn-Bedrock-Trace"),
+        *("X-Amzn-Bedrock-PerformanceConfig-Latency", "X-Amzn-Bedrock-Service-Tier", "X-Amz-Content-Sha256"),
+        *("x-ms-oai-image-generation-deployment", "x-ms-client-request-id", "x-ms-version", "x-ms-useragent"),
+        *("x-ms-enable-preview", "x-ms-oai-assistant-testenv", "x-goog-user-project", "x-goog-api-client"),
+        *("x-goog-request-params", "x-vertex-ai-llm-request-type", "cf-aig-authorization", "cf-aig-cache-ttl"),
+        *("cf-aig-metadata", "Helicone-Auth", "Helicone-Property-Session", "x-portkey-api-key", "x-portkey-config"),
+        *("Mcp-Session-Id", "Mcp-Protocol-Version", "Last-Event-ID", "X-Request-Timeout", "X-LiteLLM-Tags"),
+        *("OpenAI-Organization", "anthropic-dangerous-direct-browser-access", "x-mistral-session", "X-Client-Name"),
+        *("x-vercel-ai-ui-message-stream", "x-groq-region", "ai-gateway-model-id", "X-Prompt-Cache-Key"),
     ],
 )
 def test_any_other_goes_upstream_with_its_bytes(name: str) -> None:
     value = ' a, b;q="\xff\t"=;, '
     for headers in (OPEN, WITH_KEY, TRANSPARENT):
         assert upstream_of(headers, (name, value)) == {name.lower(): value}
+
+
+def test_a_named_header_passes_although_a_front_may_have_added_it() -> None:
+    headers = RequestHeaders(own_credentials=True, keep=["x-user-id", "cf-ray"])
+    assert upstream_of(headers, ("X-User-Id", "7"), ("CF-Ray", "1"), ("X-User", "me")) == {
+        "x-user-id": "7",
+        "cf-ray": "1",
+    }
+
+
+@pytest.mark.parametrize("name", OTHER_TARGETS)
+def test_a_key_of_the_apps_hook_is_guarded_as_the_relays_is(name: str) -> None:
+    assert upstream_of(RequestHeaders(own_credentials=False, hook=True), (name, "x"), ("Authorization", "a")) == {
+        "authorization": "a"
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [
+        pytest.param('Basic realm="a"', None, id="basic"),
+        pytest.param("bAsIc", None, id="any-case"),
+        pytest.param("NTLM", None, id="ntlm"),
+        pytest.param("Negotiate YII=", None, id="negotiate-with-a-token"),
+        pytest.param('Digest realm="a, b", nonce="c", qop="auth"', None, id="digest"),
+        pytest.param(
+            'Bearer resource_metadata="https://x/a, Basic"',
+            'Bearer resource_metadata="https://x/a, Basic"',
+            id="bearer",
+        ),
+        pytest.param('Basic realm="a, b", Bearer realm="c", Digest nonce="q"', 'Bearer realm="c"', id="between-others"),
+        pytest.param('Bearer error="x\\", Basic", scope=y, Basic', 'Bearer error="x\\", Basic", scope=y', id="quoted"),
+        pytest.param("DPoP algs=ES256, Negotiate", "DPoP algs=ES256", id="another-scheme"),
+        pytest.param('Basic realm = "a", charset = "UTF-8", Bearer', "Bearer", id="spaces-around-the-equals-sign"),
+    ],
+)
+def test_no_browser_is_asked_for_a_password_of_the_origin(value: str, kept: str | None) -> None:
+    told = [each for name, each in back(("WWW-Authenticate", value)) if name == "WWW-Authenticate"]
+    assert told == ([] if kept is None else [kept])
+    assert ("WWW-Authenticate", value) in back(("WWW-Authenticate", value), transparent=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("X-Envoy-Immediate-Health-Check-Fail", "X-Envoy-Overloaded", "x-envoy-degraded", "l5d-success-class"),
+        *("X-AppEngine-BlobKey", "X-Middleware-Rewrite", "x-middleware-next", "X-Middleware-Set-Cookie"),
+        *("Surrogate-Key", "Cache-Tag", "Edge-Control", "Edge-Cache-Tag", "xkey", "X-LiteSpeed-Purge", "PageSpeed"),
+        *("X-Sendfile-Type", "X-Lighttpd-Send-Tempfile", "X-Reproxy-URL", "x-amzn-remapped-content-length"),
+        *("Reporting-Endpoints", "Critical-CH", "Origin-Trial", "Sec-Session-Registration", "Speculation-Rules"),
+    ],
+)
+def test_no_order_to_a_front_and_no_policy_of_the_origin_comes_back(name: str) -> None:
+    for spelling in (name, name.lower(), name.upper()):
+        assert spelling not in dict(back((spelling, "x"), ("X-Mine", "1")))
+        assert spelling not in dict(back((spelling, "x"), ("Content-Type", "text/event-stream"), transparent=True))
+
+
+def test_an_upstreams_request_id_is_cut_to_what_a_log_line_bears() -> None:
+    headers = dict(back(("X-Request-ID", "a\x1b[31m" + "b" * 240_000)))
+    assert headers["X-Upstream-Request-ID"] == ("a[31m" + "b" * 122)
 
 
 def test_further_headers_can_be_kept_back() -> None:

@@ -26,6 +26,13 @@ from relay.wire.target import (
 TARGET = st.text(st.sampled_from([chr(byte) for byte in (*range(0x21, 0x7F), *range(0x80, 0x100)) if byte != 0x23]))
 
 
+#: What some server reads as more than one segment.
+HIDDEN_SLASHES = (
+    "a%2Fb", "a%2fb", "a%5Cb", "a\\b", "a%252Fb", "a%25252fb", "a%c0%afb", "a%e0%80%afb", "a%u002fb", "a%ef%bc%8fb",
+    "a%EF%BC%BCb",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("method", "path", "allowed"),
     [
@@ -74,7 +81,15 @@ def test_with_a_key_only_inference_and_models_are_allowed(method: str, path: str
         pytest.param("POST a, POST b , GET c", "POST", "b", True, id="several"),
         pytest.param("POST a, POST b , GET c", "GET", "b", False, id="several-by-method"),
         pytest.param("POST a, , GET c,", "GET", "c", True, id="empty-entries"),
-        pytest.param("POST deployments/*/chat", "POST", "deployments/x%2Fy/chat", True, id="escape-within-star"),
+        pytest.param("POST deployments/*/chat", "POST", "deployments/x%20y/chat", True, id="escape-within-star"),
+        *(
+            pytest.param("GET files/*", "GET", f"files/{hidden}", False, id=f"hidden-{hidden}")
+            for hidden in HIDDEN_SLASHES
+        ),
+        *(
+            pytest.param("GET files/**", "GET", f"files/{hidden}", True, id=f"any-{hidden}")
+            for hidden in HIDDEN_SLASHES
+        ),
         pytest.param("HEAD a, GET b", "HEAD", "a", True, id="head-keeps-its-own"),
         pytest.param("HEAD a, GET b", "HEAD", "b", True, id="head-adds-those-of-get"),
         pytest.param("HEAD a", "GET", "a", False, id="get-needs-its-own"),

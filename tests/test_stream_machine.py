@@ -393,7 +393,7 @@ class Machine:
             life.start_response,
             client=connection,
             http10=plan.http10,
-            present=lambda headers: headers,
+            present=lambda _status, headers: headers,
             admission=self.admission,
             watch=life,
             closed=lambda: setattr(life, "closed", life.closed + 1),

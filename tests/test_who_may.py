@@ -430,6 +430,51 @@ def test_a_foreign_page_in_a_browser_cannot_spend_the_key(for_anyone: Relay, ups
         assert len(upstream.seen()) == before
 
 
+# --- Redirects, and paths that are not the mount
+
+
+@pytest.mark.parametrize(
+    ("status", "method", "location", "headers", "passes"),
+    [
+        pytest.param(307, "POST", "https://evil.example/v1", {}, False, id="307"),
+        pytest.param(308, "GET", "//evil.example/", {}, False, id="308-without-a-scheme"),
+        pytest.param(308, "POST", "/\\evil.example/", {}, False, id="a-backslash"),
+        pytest.param(307, "POST", "https:evil.example", {}, False, id="a-scheme-without-slashes"),
+        pytest.param(307, "POST", "\thttps://evil.example", {}, False, id="a-tab-before-it"),
+        pytest.param(302, "POST", "https://evil.example/", {}, False, id="302-of-a-post"),
+        pytest.param(302, "GET", "https://cdn.example/file?sig=1", {}, True, id="a-signed-download"),
+        pytest.param(302, "GET", "https://cdn.example/file", {"x-api-key": "k"}, False, id="with-a-key-beside"),
+        pytest.param(307, "POST", "/v1/elsewhere", {}, True, id="a-path"),
+        pytest.param(308, "GET", "elsewhere?a=https://b.example/", {}, True, id="relative"),
+        pytest.param(307, "POST", "http://{host}/v1/x", {}, True, id="to-the-relay-itself"),
+        pytest.param(201, "POST", "https://api.example/items/7", {}, True, id="no-redirect"),
+    ],
+)
+def test_a_redirect_takes_no_request_and_no_key_elsewhere(
+    service: Service, status: int, method: str, location: str, headers: dict[str, str], passes: bool
+) -> None:
+    location = location.format(host=f"127.0.0.1:{service.port}")
+    path = service.upstream.serve(lambda ex: ex.reply(b"moved", status=status, headers=[("Location", location)]))
+    response = service.client.request(method, service.mount + path, {"Authorization": "Bearer k", **headers}, b"")
+    body = response.finish().data
+    if passes:
+        assert response.status == status
+        assert response.header("Location") is not None
+    else:
+        assert (response.status, json.loads(body)["error"]["code"]) == (502, "upstream_redirect")
+        assert response.header("Location") is None
+        assert b"evil" not in body
+
+
+@pytest.mark.parametrize(
+    "target", ["//v1/models", "///v1/models", "/%2Fv1/models", "//health", "//chat/stream?prompt=x"]
+)
+def test_a_path_that_begins_with_slashes_is_nowhere(for_anyone: Relay, target: str) -> None:
+    """A proxy that guards `location /v1/` without merging slashes has not guarded it."""
+    response, reached = for_anyone.call("GET", target)
+    assert (response.status, reached) == (404, 0)
+
+
 # --- The admin address
 
 

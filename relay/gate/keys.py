@@ -32,6 +32,12 @@ def is_google(host: str) -> bool:
     return _GOOGLE_HOST.fullmatch(host) is not None
 
 
+def shows_key_beside_authorization(environ: Mapping[str, Any]) -> bool:
+    """Whether a request has a key in a header that clients take along to another host: of `Authorization` they know
+    better (Fetch standard, "HTTP-redirect fetch")."""
+    return any(name in environ for name in _KEY_HEADERS)
+
+
 class ClientKeys:
     """The keys that clients may call with. Without any, everybody may."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -90,6 +91,42 @@ def check_admin(environ: Mapping[str, Any], settings: Settings) -> None:
     foreign = origin is not None and not _same_host(str(origin), host)
     if foreign or environ.get("HTTP_SEC_FETCH_SITE", "none") not in ("same-origin", "none"):
         raise errors.Forbidden("pages of other origins may not call the admin address", code="origin_not_allowed")
+
+
+def check_redirect(
+    status: int, headers: Iterable[tuple[str, str]], *, method: str, host: str, key_beside: bool
+) -> None:
+    """Refuse an upstream's redirect that would take a client's request or key to another host. Raises UpstreamFailed.
+
+    `host`: the relay's, as the client called it. `key_beside`: the client showed a key in another header than
+    `Authorization`. 307 and 308 repeat the request with its body (RFC 9110 section 15.4); the others become a GET, such
+    as a signed download, for which clients leave `Authorization` out, and no other header.
+    """
+    location = next((value for name, value in headers if name.lower() == "location"), None)
+    if location is None or not _leads_away(location, host):
+        return
+    if status in (301, 302, 303) and method in ("GET", "HEAD") and not key_beside:
+        return
+    raise errors.UpstreamFailed(
+        f"the upstream redirects to another host ({status}), which would get the request or the client's key; "
+        "call that host itself, or ask the operator for the right RELAY_UPSTREAM_URL",
+        code="upstream_redirect",
+    )
+
+
+def _leads_away(location: str, host: str) -> bool:
+    """Whether a client that follows `location` from `host` comes to another host (WHATWG URL: backslashes are slashes,
+    controls and spaces around it do not count)."""
+    location = re.sub(r"[\t\n\r]", "", location).strip("\x00\x20").replace("\\", "/")
+    try:
+        parts = urlsplit(location)
+    except ValueError:
+        return True
+    if not parts.scheme and not location.startswith("//"):
+        return False
+    scheme = parts.scheme or "http"
+    # `http:path` has no authority, and browsers make one of it.
+    return not parts.netloc or not _same_host(f"{scheme}://{parts.netloc}", host)
 
 
 def check_host(environ: Mapping[str, Any], settings: Settings) -> None:

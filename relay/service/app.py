@@ -98,6 +98,7 @@ def _streams(settings: Settings) -> Response:
 def _admin_has_no_more(settings: Settings) -> None:
     """Serve only admin routes on the admin address, and those to no page: it is open to monitoring, and may bypass the
     proxy that protects the service. Raises NotFound or Forbidden."""
+    answers.check_slashes()
     if not _on_admin_address(settings):
         return
     check_admin(request.environ, settings)

@@ -13,21 +13,13 @@ from pathlib import Path
 
 from relay.settings.addresses import reason
 from relay.settings.values import TOKEN, FaultError, Kind, as_items, as_text, required
+from relay.wire.headers import OF_THE_CONNECTION, never_kept
 from relay.wire.target import AllowRule, parse_allow
 
 # Visible latin-1 (RFC 9110 §5.5, obs-text included): a key with a space or newline
 # inside is a slip of the clipboard, and a header of its own at worst.
 _KEY = re.compile(r"[\x21-\x7e\xa1-\xff]+")
 _HEADER_VALUE = re.compile(r"[\x20-\x7e\t\xa0-\xff]*")
-
-# RFC 9110 §7.6.1 and what frames the message: the connection sets these itself.
-_NOT_SETTABLE = frozenset(
-    {
-        *("connection", "keep-alive", "proxy-connection", "te", "trailer", "trailers"),
-        *("transfer-encoding", "upgrade", "proxy-authenticate", "proxy-authorization"),
-        *("host", "content-length", "expect"),
-    }
-)
 
 # What signs tickets must not be guessed from one.
 _SHORTEST_SECRET = 16
@@ -107,7 +99,7 @@ def _key_header(value: object) -> str:
         text = required(value)
     except FaultError as fault:
         raise FaultError(fault.sentence, show=False) from None
-    if TOKEN.fullmatch(text) is None or text.lower() in _NOT_SETTABLE:
+    if TOKEN.fullmatch(text) is None or text.lower() in OF_THE_CONNECTION:
         raise FaultError(show=False)
     return text
 
@@ -154,7 +146,7 @@ def _header(number: int, pair: object) -> tuple[str, str]:
             raise FaultError
     if not isinstance(name, str) or TOKEN.fullmatch(name) is None:
         raise FaultError(f"header {number} has a name that is not a header's name")
-    if name.lower() in _NOT_SETTABLE:
+    if name.lower() in OF_THE_CONNECTION:
         raise FaultError(f"may not contain {name}, which the connection sets itself")
     if not isinstance(content, str):
         raise FaultError(f"header {number} must have a text as its value")
@@ -184,6 +176,16 @@ def _header_names(value: object) -> frozenset[str]:
     return frozenset(name.lower() for name in names)
 
 
+def _kept_header_names(value: object) -> frozenset[str]:
+    names = _header_names(value)
+    for name in sorted(names):
+        if never_kept(name):
+            raise FaultError(
+                f"may not contain {name}: credentials, cookies and what frames or redirects a request never pass"
+            )
+    return names
+
+
 ALLOW = Kind("METHOD path patterns separated by commas, or *", _allow)
 KEY = Kind("a key, as text", _key)
 TICKET_SECRET = Kind("a secret of 16 characters or more, the same on every host", _ticket_secret)
@@ -192,3 +194,4 @@ KEY_HEADER = Kind("a header's name, such as x-api-key", _key_header)
 HEADERS = Kind('a JSON object of texts, such as {"x-version": "1"}', _headers)
 QUERY = Kind("a query such as api-version=2024-10-21, percent-encoded", _query)
 HEADER_NAMES = Kind("header names separated by commas", _header_names)
+KEPT_HEADER_NAMES = Kind("header names separated by commas", _kept_header_names)

@@ -67,7 +67,9 @@ class Settings:
     trusted_proxies: tuple[Network, ...]
     transparent: bool
     drop_headers: frozenset[str]  # in lower case
+    pass_headers: frozenset[str]  # in lower case
     cors_origins: tuple[str, ...]  # as browsers write them, or "*"
+    cors_expose: frozenset[str]  # in lower case
     connect_timeout: float
     first_byte_timeout: float
     idle_timeout: float  # 0 is none

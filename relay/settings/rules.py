@@ -100,6 +100,13 @@ def _installed(package: str) -> bool:
         return False
 
 
+def _kept_or_dropped(values: Values) -> str:
+    both = sorted(values["drop_headers"] & values["pass_headers"])
+    return (
+        f"RELAY_PASS_HEADERS: {', '.join(both)} stands in RELAY_DROP_HEADERS too; keep one of the two" if both else ""
+    )
+
+
 _Rule: TypeAlias = tuple[tuple[str, ...], Callable[[Values], str]]
 _KEY = ("upstream_key", "upstream_headers", "upstream_query")
 
@@ -107,6 +114,7 @@ _KEY = ("upstream_key", "upstream_headers", "upstream_query")
 _ALWAYS: tuple[_Rule, ...] = (
     (("upstream_key", "upstream_key_header", "upstream_headers"), _one_key_header),
     (("rate_limit",), _rates_can_be_counted),
+    (("drop_headers", "pass_headers"), _kept_or_dropped),
     (("cors_origins",), _other_origins_can_be_answered),
     (("rate_limit", "max_streams_per_client", "limits_url"), _redis_can_be_asked),
 )

@@ -21,7 +21,17 @@ from relay.settings.addresses import (
     PROXY,
     UPSTREAM_URL,
 )
-from relay.settings.credentials import ALLOW, CLIENT_KEYS, HEADER_NAMES, HEADERS, KEY, KEY_HEADER, QUERY, TICKET_SECRET
+from relay.settings.credentials import (
+    ALLOW,
+    CLIENT_KEYS,
+    HEADER_NAMES,
+    HEADERS,
+    KEPT_HEADER_NAMES,
+    KEY,
+    KEY_HEADER,
+    QUERY,
+    TICKET_SECRET,
+)
 from relay.settings.values import NAME, NAMES, RATE, SWITCH, Kind, count, duration, size
 
 PREFIX = "RELAY_"
@@ -138,7 +148,14 @@ _CALLERS = (
         "for an upstream of your own: cookies, Origin, Set-Cookie and CORS headers go through too",
     ),
     Setting("RELAY_DROP_HEADERS", HEADER_NAMES, "", "more request headers that must not go upstream"),
+    Setting(
+        "RELAY_PASS_HEADERS",
+        KEPT_HEADER_NAMES,
+        "",
+        "request headers that go upstream although a proxy in front may have added them",
+    ),
     Setting("RELAY_CORS_ORIGINS", ORIGINS, "", "origins allowed to call from a page"),
+    Setting("RELAY_CORS_EXPOSE", HEADER_NAMES, "", "more response headers that pages of these origins may read"),
 )
 
 _TIMES = (

@@ -20,7 +20,7 @@ from relay.stream import waiting
 from relay.stream.drain import drain
 from relay.stream.waiting import GONE, READY, client_socket
 from relay.wire import sse
-from relay.wire.headers import SANDBOX, UNBUFFERED, response_headers
+from relay.wire.headers import SANDBOX, UNBUFFERED, response_headers, upstream_request_id
 
 if TYPE_CHECKING:
     from relay.gate.slots import Admission, Lease
@@ -73,15 +73,15 @@ class Stream:
         *,
         client: Any,
         http10: bool,
-        present: Callable[[Headers], Headers],
+        present: Callable[[int, Headers], Headers],
         admission: Admission,
         watch: Watch,
         closed: Callable[[], None],
         viewed: bool = False,
     ) -> None:
-        """`client`: the client's socket or None. `present` completes a response's headers. `watch` is told
-        of what becomes of it; `closed` is called when the server is done with the response. `viewed`: the server gets
-        something else than these bytes (relay.textview)."""
+        """`client`: the client's socket or None. `present` completes the headers of a response of some status. `watch`
+        is told of what becomes of it; `closed` is called when the server is done with the response. `viewed`: the
+        server gets something else than these bytes (relay.textview)."""
         self._exchange = exchange
         self.record = record
         self._settings = settings
@@ -236,7 +236,7 @@ class Stream:
         now = self._arrived = self._quiet_since = monotonic()
         record = self.record
         record.first_byte = now - self._began
-        record.upstream_request_id = head.fields.get("x-request-id") or head.fields.get("request-id") or ""
+        record.upstream_request_id = upstream_request_id(head.fields)
         self._watch.answered(head.status, record)
         content_type = head.fields.get("content-type", "")
         plain = head.fields.get("content-encoding", "identity").strip().lower() == "identity"
@@ -277,9 +277,10 @@ class Stream:
         raise self._pending
 
     def _start(self, status: int, reason: str, headers: Headers) -> None:
+        headers = self._present(status, headers)  # which may refuse them
         self.record.status = status
         self._chunked = not self._http10 and not any(name == "Content-Length" for name, _ in headers)
-        self._start_response(f"{status} {reason}", self._present(headers))
+        self._start_response(f"{status} {reason}", headers)
 
     # The body: this runs for every piece.
 

@@ -30,6 +30,8 @@ EXPOSED = (
     "anthropic-ratelimit-requests-limit", "anthropic-ratelimit-requests-remaining",
     "anthropic-ratelimit-requests-reset", "anthropic-ratelimit-tokens-limit", "anthropic-ratelimit-tokens-remaining",
     "anthropic-ratelimit-tokens-reset",
+    # modelcontextprotocol.io, "Streamable HTTP"; WWW-Authenticate begins its OAuth (RFC 9728)
+    "Mcp-Session-Id", "Mcp-Protocol-Version", "WWW-Authenticate",
 )  # fmt: skip
 #: Seconds that a browser may keep a preflight's answer; Chromium keeps none longer than two hours.
 MAX_AGE = 600
@@ -56,7 +58,7 @@ def hooks(app: Flask, settings: Settings, not_for: Iterable[str] = ()) -> tuple[
             "origins": "*" if everybody else [re.compile(re.escape(origin) + r"\Z") for origin in origins],
             "methods": sorted(METHODS),
             "allow_headers": "*",  # what the page asks for is told back; what may go upstream is decided there
-            "expose_headers": list(EXPOSED),
+            "expose_headers": [*EXPOSED, *sorted(settings.cors_expose)],
             "supports_credentials": not everybody,  # with `*` any page could spend what a visitor's cookies open
             "send_wildcard": everybody,
             "always_send": False,

@@ -159,6 +159,7 @@ def _at(name: str, endpoint: str, view: Callable[..., Any]) -> Callable[..., Any
     """A view that is called with its relay's mount in the app that serves the request."""
 
     def bound(**arguments: Any) -> Any:
+        answers.check_slashes()
         return view(current_app.extensions["relay"][name], **arguments)
 
     # Extensions tell views apart by this name: what is said of one must not hold for all of them.

@@ -56,6 +56,8 @@ class Mount:
         self.started = time.monotonic()
         self.headers = RequestHeaders(
             drop=settings.drop_headers,
+            keep=settings.pass_headers,
+            hook=request_headers is not None,
             own_credentials=self.own_credentials,
             transparent=settings.transparent,
         )
@@ -63,8 +65,10 @@ class Mount:
         self._store = _store(settings.limits_url) if counts and settings.shares_limits else None
         self.rates = Rates(settings.rate_limit, name, self._store) if settings.rate_limit is not None else None
         self._hook = request_headers
-        #: What goes upstream may be paid by the operator: with the relay's key, or with one of the app's hook.
-        self.spends = settings.adds_key or request_headers is not None
+        #: The upstream is the operator's own and nothing is at stake here: it decides which pages may call.
+        self.leaves_cors = (
+            settings.transparent and not settings.cors_origins and not self.own_credentials and request_headers is None
+        )
         self._on_end = on_end
         self.wants_model = on_end is not None  # the record of a stream names model and tenant only for the hook
         #: A chat request goes upstream in Anthropic's shape and not in OpenAI's.

@@ -10,35 +10,45 @@ import re
 from collections.abc import Iterable, Mapping
 
 from relay import errors
-from relay.wire import sse
+from relay.wire import fronts, sse
 
 _HOP_BY_HOP = frozenset(
-    "connection keep-alive proxy-connection te trailer transfer-encoding upgrade proxy-authenticate "
-    "proxy-authorization http2-settings".split()
+    "connection keep-alive proxy-connection te trailer trailers transfer-encoding upgrade proxy-authenticate "
+    "proxy-authorization proxy-authentication-info http2-settings".split()
 )
 
-_OF_THE_CONNECTION = _HOP_BY_HOP | {"host", "content-length", "expect"}
+#: What the connection sets itself: no setting and no hook may.
+OF_THE_CONNECTION = _HOP_BY_HOP | {"host", "content-length", "expect"}
 # Framing is written anew; `Expect` was answered by the server in front. WSGI has the type elsewhere: among the `HTTP_`
 # names it is a client's `Content_Type`, which some servers take for the same.
 _REWRITTEN = frozenset("host content-length content-type accept-encoding expect x-request-id".split())
 _OF_THE_BROWSER = frozenset("cookie origin".split())
 CREDENTIALS = frozenset("authorization x-api-key api-key x-goog-api-key".split())
-# To some servers the path or method is what these say (IIS, Symfony; Rails, Express): a key that the relay adds would
-# open others than those it was meant for.
-_OTHER_TARGETS = frozenset(
-    "x-original-url x-rewrite-url x-http-method-override x-http-method x-method-override".split()
+# Other headers in which clients show who they are. With a key of the operator's they are nobody's business upstream.
+_TOKENS = frozenset(
+    "x-auth-token x-auth-key x-api-token x-access-token x-id-token x-refresh-token x-session-id x-session-token "
+    "x-session x-token x-amz-security-token x-goog-iam-authorization-token".split()
 )
-# What proxies and identity-aware front ends say of the client. Model providers' networks refuse requests that seem to
-# come through another network, and the rest names people.
-_OF_PROXIES = frozenset("forwarded x-real-ip via cdn-loop true-client-ip referer cookie2".split())
-_PREFIXES_OF_PROXIES = (
-    "sec-", "proxy-", "x-forwarded-", "cf-", "x-amzn-", "x-ms-", "x-goog-iap-", "x-auth-request-", "remote-",
-    "x-csrf", "x-xsrf",
-)  # fmt: skip
+# To some servers the path, method or host is what these say (IIS, Symfony; Rails, Express; Zend; Linkerd; LLM gateways
+# such as Helicone and Portkey): a key of the operator's would open others than those it was meant for.
+_OTHER_TARGETS = frozenset(
+    "x-original-url x-original-uri x-original-path x-original-method x-rewrite-url x-rewrite-uri x-override-url "
+    "x-override-uri x-http-method-override x-http-method x-method-override x-method x-http-path-override "
+    "x-http-host-override x-http-destinationurl x-host x-proxy-url x-target-url x-upstream-url x-base-url base-url "
+    "request-uri x-script-name x-path-info helicone-target-url helicone-openai-api-base x-portkey-custom-host".split()
+)
+# What fronts say of the client and of the way here. Model providers' networks refuse requests that seem to come through
+# another network, and the rest names people.
+_ADDED, _PREFIXES_ADDED = fronts.split(fronts.ADDED)
+_OF_PROXIES = _ADDED | {"referer", "cookie2"}
+_PREFIXES_OF_PROXIES = ("sec-", "proxy-", *_PREFIXES_ADDED)
 
 _NEVER_BACK = frozenset(
     "server date alt-svc strict-transport-security clear-site-data refresh nel report-to service-worker-allowed "
-    "accept-ch expect-ct public-key-pins set-login "  # as the ones before them, policies of a whole origin
+    # As the ones before them, policies of a whole origin.
+    "reporting-endpoints accept-ch accept-ch-lifetime critical-ch expect-ct public-key-pins "
+    "public-key-pins-report-only set-login origin-trial sec-session-registration sec-session-challenge "
+    "use-as-dictionary activate-storage-access speculation-rules supports-loading-mode "
     "content-length x-request-id x-content-type-options content-security-policy".split()
 )
 _OF_THE_ORIGIN = frozenset(["set-cookie", "set-cookie2"])
@@ -51,8 +61,7 @@ _DROPPED = {
     for event_stream in (False, True)
     for transparent in (False, True)
 }
-# Orders to the server in front to send a file, or another answer: nginx; Apache and lighttpd; LiteSpeed; Perlbal.
-_PREFIXES_OF_ORDERS = ("x-accel-", "x-sendfile", "x-lighttpd-send-", "x-litespeed-", "x-reproxy-")
+_ORDERS, _PREFIXES_OF_ORDERS = fronts.split(fronts.ORDERS)
 # What caches on the way go by before `Cache-Control` (RFC 9213, and Surrogate-Control before it).
 _TARGETED_CACHE_CONTROL = ("cdn-cache-control", "surrogate-control")
 
@@ -60,6 +69,15 @@ _TARGETED_CACHE_CONTROL = ("cdn-cache-control", "surrogate-control")
 SANDBOX = [("X-Content-Type-Options", "nosniff"), ("Content-Security-Policy", "default-src 'none'; sandbox")]
 #: On every event stream: nobody on the way may hold, store or change it. The second line is nginx's.
 UNBUFFERED = [("Cache-Control", "no-cache, no-store, no-transform"), ("X-Accel-Buffering", "no")]
+
+#: Characters of an upstream's request id that are passed on; the longest known has 36.
+_MOST_ID = 128
+#: Schemes for which browsers have a dialog of their own, or a login of the machine's.
+_LOGINS = frozenset("basic digest ntlm negotiate kerberos".split())
+# The members of a list, with commas inside quotes left alone.
+_LIST = re.compile(r'(?:[^,"]|"(?:[^"\\]|\\.)*"?)+')
+# A member that begins a challenge: a scheme alone or before its first parameter, and not `name=value`.
+_SCHEME = re.compile(r"[ \t]*([!#$%&'*+\-.^_`|~0-9A-Za-z]+)(?:[ \t]+|[ \t]*\Z)(?!=)")
 
 _NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 # Some WSGI servers leave the line break of a folded field in its value (RFC 9112 section 5.2).
@@ -75,19 +93,32 @@ def sane_request_id(value: str | None) -> str | None:
 class RequestHeaders:
     """Chooses the client's headers that go upstream. Built once for a relay; the answers per name are remembered.
 
-    `drop`: further names, lower case. `own_credentials`: the relay or its clients have keys of their own, so the
-    client's must not go on. `transparent`: cookies and the origin go through too (an upstream of one's own).
+    `drop` and `keep`: further names that do not pass, and names that do although a front may have added them, both in
+    lower case. `own_credentials`: the relay or its clients have keys of their own, so the client's must not go on.
+    `hook`: a hook of the app's may add a key. `transparent`: cookies and the origin go through too (an upstream of
+    one's own).
     """
 
     #: Client-chosen names are remembered up to this many, so that nobody can fill the memory with them.
     _REMEMBERED = 1024
 
-    def __init__(self, *, drop: Iterable[str] = (), own_credentials: bool, transparent: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        drop: Iterable[str] = (),
+        keep: Iterable[str] = (),
+        own_credentials: bool,
+        hook: bool = False,
+        transparent: bool = False,
+    ) -> None:
         further = frozenset(drop)
+        self._keep = frozenset(keep)
         self._content_type = "content-type" not in further
         self._drop = further | _HOP_BY_HOP | _REWRITTEN | _OF_PROXIES
         if own_credentials:
-            self._drop |= CREDENTIALS | _OTHER_TARGETS
+            self._drop |= CREDENTIALS | _TOKENS
+        if own_credentials or hook:
+            self._drop |= _OTHER_TARGETS
         if not transparent:
             self._drop |= _OF_THE_BROWSER
         self._names: dict[str, str | None] = {}
@@ -122,7 +153,7 @@ class RequestHeaders:
         # WSGI names have lost their case; fields are case-insensitive (RFC 9110 section 5.1).
         name: str | None = key[5:].replace("_", "-").title()
         lower = str(name).lower()
-        if lower in self._drop or lower.startswith(_PREFIXES_OF_PROXIES):
+        if (lower in self._drop or lower.startswith(_PREFIXES_OF_PROXIES)) and lower not in self._keep:
             name = None
         if len(self._names) < self._REMEMBERED:
             self._names[key] = name
@@ -133,8 +164,16 @@ def check_field(name: str, value: str) -> None:
     """Raises ValueError for a field that would not stay on its line of the request, or that frames the request."""
     if not _NAME.fullmatch(name) or _CONTROL.search(value) or any(character > "\xff" for character in value):
         raise ValueError(f"the header {name!r} has a character in its name or value that cannot be sent")
-    if name.lower() in _OF_THE_CONNECTION:
+    if name.lower() in OF_THE_CONNECTION:
         raise ValueError(f"the header {name!r} belongs to the connection and cannot be set")
+
+
+def never_kept(name: str) -> bool:
+    """Whether no setting may let a client's header of this name pass: it is a credential, or belongs to the connection,
+    or makes another target or method of the request."""
+    lower = name.lower()
+    fixed = OF_THE_CONNECTION | _REWRITTEN | CREDENTIALS | _OTHER_TARGETS | _OF_THE_BROWSER | {"cookie2"}
+    return lower in fixed or lower.startswith(("sec-", "proxy-"))
 
 
 def connection_tokens(value: str) -> set[str]:
@@ -157,7 +196,11 @@ def response_headers(
     headers = []
     for name, value in upstream:
         lower = name.lower()
-        if lower in drop or lower.startswith(_PREFIXES_OF_ORDERS):
+        if lower in drop or lower in _ORDERS or lower.startswith(_PREFIXES_OF_ORDERS):
+            continue
+        if lower == "www-authenticate" and not transparent:
+            if challenges := _without_logins(value):
+                headers.append((name, challenges))
             continue
         if event_stream and lower.endswith(_TARGETED_CACHE_CONTROL):
             continue
@@ -172,7 +215,27 @@ def response_headers(
         headers += UNBUFFERED
     elif has_body and "content-length" not in fields:
         headers.append(UNBUFFERED[1])  # a body of unknown length comes as it is made
-    upstream_id = fields.get("x-request-id") or fields.get("request-id")  # OpenAI's name, Anthropic's
-    if upstream_id:
+    if upstream_id := upstream_request_id(fields):
         headers.append(("X-Upstream-Request-ID", upstream_id))
     return headers
+
+
+def upstream_request_id(fields: Mapping[str, str]) -> str:
+    """The upstream's id of the request, cut to what a log line and a header bear; empty if it names none."""
+    told = fields.get("x-request-id") or fields.get("request-id") or ""  # OpenAI's name, Anthropic's
+    return _CONTROL.sub("", told[:_MOST_ID])
+
+
+def _without_logins(value: str) -> str:
+    """The challenges of a `WWW-Authenticate` but for those at which a browser asks for a password of this origin.
+
+    Bearer and other schemes pass: MCP's OAuth begins with one (RFC 9110 section 11.6.1 has the grammar).
+    """
+    kept, keeps = [], True
+    for part in _LIST.findall(value):
+        scheme = _SCHEME.match(part)
+        if scheme is not None:
+            keeps = scheme[1].lower() not in _LOGINS
+        if keeps:
+            kept.append(part.strip())
+    return ", ".join(part for part in kept if part)

@@ -11,7 +11,7 @@ import re
 import unicodedata
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
-from urllib.parse import unquote
+from urllib.parse import unquote, unquote_plus
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -53,12 +53,14 @@ class AllowRule:
     """The paths that one method may call.
 
     `method` is a method's name or `*` for any; `paths` are the patterns as written,
-    without a leading slash; `pattern` matches all of them at once.
+    without a leading slash; `pattern` matches all of them at once, and `strict` those
+    whose wildcards for one segment stand for no encoded character.
     """
 
     method: str
     paths: tuple[str, ...]
     pattern: re.Pattern[str] = field(repr=False)
+    strict: re.Pattern[str] = field(repr=False)
 
 
 def parse_allow(text: str) -> tuple[AllowRule, ...]:
@@ -92,7 +94,29 @@ def allows(rules: Iterable[AllowRule], method: str, raw_path: str) -> bool:
     `raw_path` is what follows the mount and its slash, as it came: percent signs are
     not decoded, so `chat%2Fcompletions` is not `chat/completions`.
     """
-    return any(rule.method in (method, "*") and rule.pattern.fullmatch(raw_path) is not None for rule in rules)
+    hidden = _hides_slash(raw_path)
+    return any(
+        rule.method in (method, "*") and (rule.strict if hidden else rule.pattern).fullmatch(raw_path) is not None
+        for rule in rules
+    )
+
+
+def _hides_slash(raw_path: str) -> bool:
+    """Whether a server behind might read a slash or backslash in `raw_path` beyond the slashes that stand in it.
+
+    To such a server one segment is several: `files/*` would open `files/abc/content`.
+    """
+    if "%" not in raw_path and "\\" not in raw_path and raw_path.isascii():
+        return False
+    seen, slashes = raw_path, raw_path.count("/")
+    for _ in range(_MOST_ENCODINGS + 1):
+        if "\\" in seen or seen.count("/") != slashes:
+            return True
+        decoded = _decode_once(seen)
+        if decoded == seen:
+            return False
+        seen = decoded
+    return True
 
 
 def split_target(raw_target: str) -> tuple[str, str | None]:
@@ -142,12 +166,22 @@ def leaves_base(raw_path: str) -> bool:
     return True
 
 
+def query_names(query: str) -> frozenset[str]:
+    """Return the names of a raw query's parameters as servers compare them: decoded, in lower case."""
+    return frozenset(_parameter_name(part) for part in query.split("&") if part)
+
+
+def _parameter_name(part: str) -> str:
+    return unquote_plus(part.partition("=")[0], "latin-1").lower()
+
+
 def join(base_path: str, rest: str, query: str | None, extra_query: str) -> str:
     """Return the request target to send upstream, never empty.
 
     `base_path` is the upstream URL's path without a trailing slash, `rest` what
     follows the mount: empty, or beginning with a slash. An empty `query` keeps its
-    `?`; `extra_query` is added to whatever is there.
+    `?`; `extra_query` is added to whatever is there, in place of parameters of its
+    names (`query_names`).
 
     Raises ValueError for a `rest` without its slash: `/v1` must not become `/v1x`.
     """
@@ -155,6 +189,9 @@ def join(base_path: str, rest: str, query: str | None, extra_query: str) -> str:
         raise ValueError("what follows the mount must begin with a slash")
     target = base_path + rest or "/"
     if extra_query:
+        if query:
+            fixed = query_names(extra_query)
+            query = "&".join(part for part in query.split("&") if _parameter_name(part) not in fixed)
         query = f"{query}&{extra_query}" if query else extra_query
     return target if query is None else f"{target}?{query}"
 
@@ -201,11 +238,15 @@ def _parse_pattern(pattern: str) -> tuple[str, str]:
 
 
 def _rule(method: str, paths: list[str]) -> AllowRule:
-    in_regex = {"*": "[^/]+", "**": ".*"}
+    return AllowRule(method, tuple(paths), _compiled(paths, "[^/]+"), _compiled(paths, r"[^/%\\\x80-\xff]+"))
+
+
+def _compiled(paths: list[str], segment: str) -> re.Pattern[str]:
+    in_regex = {"*": segment, "**": ".*"}
     alternatives = (
         "".join(in_regex.get(part) or re.escape(part) for part in re.split(r"(\*+)", path)) for path in paths
     )
-    return AllowRule(method, tuple(paths), re.compile("|".join(alternatives), re.DOTALL))
+    return re.compile("|".join(alternatives), re.DOTALL)
 
 
 ALLOW_EVERYTHING: tuple[AllowRule, ...] = (_rule("*", ["**"]),)
@@ -215,4 +256,9 @@ ALLOW_EVERYTHING: tuple[AllowRule, ...] = (_rule("*", ["**"]),)
 DEFAULT_ALLOW_WITH_KEY: tuple[AllowRule, ...] = parse_allow(
     "POST chat/completions, POST completions, POST responses, POST messages,"
     " POST messages/count_tokens, POST embeddings, GET models, GET models/*"
+)
+# A model's name may be `org/model`, encoded as one segment: to read of it opens nothing, even if it is taken for two.
+_MODEL_OF_AN_ORG = re.compile(r"models/[^/%\\\x80-\xff]+%2[Ff][^/%\\\x80-\xff]+")
+DEFAULT_ALLOW_WITH_KEY += tuple(
+    AllowRule(method, ("models/*%2F*",), _MODEL_OF_AN_ORG, _MODEL_OF_AN_ORG) for method in ("GET", "HEAD")
 )

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from flask import Response, current_app, request
 
+from relay import errors
 from relay.gate.address import client_address
 from relay.observe import log
 from relay.observe.metrics import metrics
 from relay.wire.headers import SANDBOX, sane_request_id
 
 if TYPE_CHECKING:
-    from relay import errors
     from relay.stream.relayed import Headers
 
 
@@ -78,6 +78,15 @@ def complete(headers: Headers, of_the_shop: Headers, request_id: str) -> Headers
         *shop,
         ("X-Request-ID", request_id),
     ]
+
+
+def check_slashes() -> None:
+    """Refuse a path that begins with a run of slashes. Raises NotFound.
+
+    Werkzeug takes it for the same path with one, and a proxy that guards a prefix does not.
+    """
+    if str(request.environ.get("PATH_INFO", "")).startswith("//"):
+        raise errors.NotFound("nothing is at this path: it begins with more than one slash")
 
 
 def request_id() -> str:

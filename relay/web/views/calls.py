@@ -9,10 +9,10 @@ from flask import Response, g, request
 
 from relay import errors
 from relay.gate.address import client_address, payer
-from relay.gate.keys import client_name
-from relay.gate.origin import check_host, check_origin, check_paid_get, check_peer
+from relay.gate.keys import client_name, shows_key_beside_authorization
+from relay.gate.origin import check_host, check_origin, check_paid_get, check_peer, check_redirect
 from relay.record import Record
-from relay.stream.relayed import Stream
+from relay.stream.relayed import Headers, Stream
 from relay.web.views import answers
 from relay.wire.headers import CREDENTIALS
 from relay.wire.target import allows
@@ -37,7 +37,8 @@ class Call:
         self.address = client_address(environ, settings)
         self.client = ""  # whom it counts for, once `identify` has said so
         self.budget: Sequence[tuple[str, str]] = ()  # response headers that tell what is left of it
-        check_origin(environ, settings)
+        if not mount.leaves_cors:
+            check_origin(environ, settings)
         if mount.service:
             check_host(environ, settings)
             check_peer(self.address, settings)
@@ -126,6 +127,15 @@ def stream(
 
     It takes no Call: whatever this holds, the stream holds to its end. `settings`: others than the mount's.
     """
+    method, host, request_id = str(environ["REQUEST_METHOD"]), str(environ.get("HTTP_HOST", "")), record.request_id
+    beside = shows_key_beside_authorization(environ)
+    checks = not mount.settings.transparent
+
+    def present(status: int, headers: Headers) -> Headers:
+        if checks and 300 < status < 400:
+            check_redirect(status, headers, method=method, host=host, key_beside=beside)
+        return answers.complete(headers, list(response.headers), request_id)
+
     return Stream(
         exchange,
         record,
@@ -133,7 +143,7 @@ def stream(
         start_response,
         client=answers.client_socket(environ),
         http10=environ.get("SERVER_PROTOCOL") == "HTTP/1.0",
-        present=lambda headers: answers.complete(headers, list(response.headers), record.request_id),
+        present=present,
         admission=mount.admission,
         watch=mount,
         closed=response.close,

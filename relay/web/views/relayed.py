@@ -36,7 +36,7 @@ def relay_request(mount: Mount, rest: str) -> Response:
     if fault:
         raise errors.BadRequest(fault, code="bad_path")
     call.permit(method, path)
-    if method in ("GET", "HEAD") and mount.spends and not _FREE_GET.fullmatch(path):
+    if method in ("GET", "HEAD") and mount.settings.adds_key and not _FREE_GET.fullmatch(path):
         call.paid_get()
     call.count()
     body = read_body(asked, settings.max_body)
