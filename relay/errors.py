@@ -135,6 +135,11 @@ class ConnectTimeout(RelayError):
     status, code, type, reason = 504, "connect_timeout", "timeout_error", "connect_timeout"
 
 
+class SendTimeout(RelayError):
+    status, code, type, reason = 504, "send_timeout", "timeout_error", "send_timeout"
+    may_retry = False
+
+
 class FirstByteTimeout(RelayError):
     status, code, type, reason = 504, "first_byte_timeout", "timeout_error", "first_byte_timeout"
     may_retry = False

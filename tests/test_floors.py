@@ -42,8 +42,8 @@ LATE = {
 # What only one module may import, and what pure bytes have no use for.
 HTTP_LIBRARIES = {"requests", "urllib3"}
 ONLY_HERE = {
-    "relay.upstream.endpoint": "the one way out of the service",
-    "relay.upstream.connect": "what it goes over; urllib3 alone",
+    "relay.upstream.endpoint": "waits for a probe with urllib3",
+    "relay.upstream.connect": "its TLS contexts are urllib3's",
     "relay.client.connection": "the other end, where the environment's proxies and certificates count",
 }
 PURE = [

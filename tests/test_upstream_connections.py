@@ -14,6 +14,7 @@ import socket
 import ssl
 import subprocess
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -309,8 +310,25 @@ def test_an_idle_connection_on_which_something_has_arrived_is_not_used_again(pla
 
 
 def test_a_request_that_was_sent_is_never_sent_again(plain: Pair) -> None:
-    """The upstream takes it on a connection that was used before, and hangs up: it may have been billed."""
-    path = plain.upstream.serve(lambda ex: ex.abort())
+    """The upstream takes it on a connection that was used before, and hangs up.
+
+    At once: it may have closed an idle connection, so that SDKs may ask again, as they would without a relay. Later: it
+    may have been billed.
+    """
+    at_once = plain.upstream.serve(lambda ex: ex.abort())
+    for method, body in (("POST", b"{}"), ("GET", b"")):
+        plain.fresh()
+        response = plain.client.request(method, "/v1" + at_once, body=body)
+        assert error_of(response)["code"] == "upstream_error"
+        assert response.all("x-should-retry") == []
+    assert [(ex.method, ex.number > 1) for ex in plain.upstream.seen(at_once)] == [(b"POST", True), (b"GET", True)]
+    plain.upstream.forget(at_once)
+
+    def later(ex: Exchange) -> None:
+        time.sleep(1.5)  # beyond the second in which the upstream may not have seen the request
+        ex.abort()
+
+    path = plain.upstream.serve(later)
     for method, body in (("POST", b"{}"), ("GET", b"")):
         plain.fresh()
         response = plain.client.request(method, "/v1" + path, body=body)

@@ -259,6 +259,15 @@ def _health_path(value: object) -> str:
     return text
 
 
+def _pem_key_file(value: object) -> str | None:
+    path = _pem_file(value)
+    if path is not None:
+        content = Path(path).read_bytes()
+        if b"-----BEGIN CERTIFICATE-----" not in content or b"PRIVATE KEY-----" not in content:
+            raise FaultError("must hold both a certificate and its private key, in PEM")
+    return path
+
+
 def _pem_file(value: object) -> str | None:
     path = as_text(os.fspath(value) if isinstance(value, os.PathLike) else value)
     if not path:
@@ -293,4 +302,5 @@ HOSTS = Kind("host names separated by commas", _hosts)
 ORIGINS = Kind("origins (https://shop.example) separated by commas, or *", _origins)
 MOUNT = Kind("/ or a path such as /v1, of letters, digits and . _ ~ - only", _mount)
 HEALTH_PATH = Kind("a path below the upstream URL, such as models", _health_path)
+PEM_KEY_FILE = Kind("a readable PEM file of a certificate and its key", _pem_key_file)
 PEM_FILE = Kind("a readable file of PEM certificates", _pem_file)

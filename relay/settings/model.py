@@ -56,6 +56,7 @@ class Settings:
     upstream_headers: tuple[tuple[str, str], ...]
     upstream_query: str  # without the question mark
     upstream_ca: str | None
+    upstream_cert: str | None
     upstream_proxy: str | None
     mount: str  # "" is the root
     allow: tuple[AllowRule, ...]
@@ -71,6 +72,8 @@ class Settings:
     cors_origins: tuple[str, ...]  # as browsers write them, or "*"
     cors_expose: frozenset[str]  # in lower case
     connect_timeout: float
+    send_timeout: float
+    upstream_idle: float  # 0 is off
     first_byte_timeout: float
     idle_timeout: float  # 0 is none
     write_timeout: float  # 0 is none

@@ -18,6 +18,7 @@ from relay.settings.addresses import (
     NETWORKS,
     ORIGINS,
     PEM_FILE,
+    PEM_KEY_FILE,
     PROXY,
     UPSTREAM_URL,
 )
@@ -94,6 +95,12 @@ _UPSTREAM = (
     Setting("RELAY_UPSTREAM_QUERY", QUERY, "", "query added to every upstream request, probes too", secret=True),
     Setting("RELAY_UPSTREAM_CA", PEM_FILE, "", "PEM bundle to trust; unset: certifi's"),
     Setting(
+        "RELAY_UPSTREAM_CERT",
+        PEM_KEY_FILE,
+        "",
+        "PEM file of a client certificate and its key, for an upstream that wants one",
+    ),
+    Setting(
         "RELAY_UPSTREAM_PROXY",
         PROXY,
         "",
@@ -163,10 +170,25 @@ _TIMES = (
         "RELAY_CONNECT_TIMEOUT",
         duration(_SHORTEST, 5 * _MINUTE),
         "5s",
-        "name resolution, TCP and TLS together; 504 after it",
+        "name resolution, TCP, a proxy's tunnel and TLS together; 504 after it",
     ),
     Setting(
-        "RELAY_FIRST_BYTE_TIMEOUT", duration(_SHORTEST, _DAY), "600s", "until the upstream's headers; 504 after it"
+        "RELAY_SEND_TIMEOUT",
+        duration(_SHORTEST, _HOUR),
+        "60s",
+        "an upstream that takes nothing of a request for so long; 504 after it",
+    ),
+    Setting(
+        "RELAY_UPSTREAM_IDLE",
+        duration(_SHORTEST, 30, zero="uses none again"),
+        "15s",
+        "how long an idle connection to the upstream is kept; less than the upstream's own limit",
+    ),
+    Setting(
+        "RELAY_FIRST_BYTE_TIMEOUT",
+        duration(_SHORTEST, _DAY),
+        "600s",
+        "from the request's last byte to the upstream's headers; 504 after it",
     ),
     Setting(
         "RELAY_IDLE_TIMEOUT",

@@ -170,16 +170,12 @@ class Stream:
             else:
                 self._task = waiter.run(exchange.send)
         while True:
-            task = self._task
-            if task is not None and task.finished:
-                self._task = None
-                if (failure := task.failure()) is not None:
-                    raise failure
-                waiter.watch(exchange.sock)
+            if self._task is not None and self._task.finished and self._is_sent(self._task):
+                return self._answer(exchange.head)
             now = monotonic()
             if now >= drain.at:
                 raise errors.Drained("the relay is restarting and the upstream has not answered yet")
-            if now >= min(self._hold_at, self._started + self._settings.first_byte_timeout) and self._has_answered():
+            if now >= min(self._hold_at, self._answer_by()) and self._has_answered():
                 return self._answer(exchange.head)
             deadline = self._check_opening(now)
             if self._held:
@@ -197,6 +193,14 @@ class Stream:
             if (wake is READY or not exchange.empty) and exchange.read_head():
                 return self._answer(exchange.head)
 
+    def _is_sent(self, task: waiting.Task) -> bool:
+        """The sending has ended; whether the answer is there already. Raises what became of it."""
+        self._task = None
+        if (failure := task.failure()) is not None:
+            raise failure
+        self._waiter.watch(self._exchange.sock)
+        return self._exchange.answered  # before it had the whole request
+
     def _has_answered(self) -> bool:
         """Look before a clock is believed: this process may have stood still until it had passed."""
         return self._task is None and self._exchange.sent and self._exchange.read_head()
@@ -211,12 +215,17 @@ class Stream:
                     f"no connection to the upstream within {settings.connect_timeout:g} s (RELAY_CONNECT_TIMEOUT)"
                 )
             return connect_by
-        answer_by = self._started + settings.first_byte_timeout
+        answer_by = self._answer_by()
         if now >= answer_by:
             raise errors.FirstByteTimeout(
                 f"no answer from the upstream within {settings.first_byte_timeout:g} s (RELAY_FIRST_BYTE_TIMEOUT)"
             )
         return answer_by
+
+    def _answer_by(self) -> float:
+        """When the first byte is due; the request's own clock runs until it is sent (relay.upstream.exchange)."""
+        sent_at = self._exchange.sent_at
+        return _NEVER if sent_at is None else sent_at + self._settings.first_byte_timeout
 
     def _hold(self, now: float) -> bytes:
         """Answer before the upstream has: proxies and clients on the way give up on a silent connection."""

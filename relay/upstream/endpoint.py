@@ -1,42 +1,31 @@
 """The upstream of one relay: its address, its keys, and one long-lived set of connections to it.
 
-The only file of the service that imports requests. Its adapter and urllib3 beneath it keep the connections: pool,
-reuse, TLS, proxies, their errors. What a request is, is decided here; relay.upstream.connect writes it and
-relay.upstream.exchange reads the answer.
+What a request is, is decided here; relay.upstream.exchange sends it and reads the answer, relay.upstream.connect makes
+connections and relay.upstream.pool keeps them.
 """
 
 from __future__ import annotations
 
-import socket
-import ssl
 import time
-from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-import certifi
-import requests
-import urllib3
-from requests.adapters import HTTPAdapter
-from urllib3.util import Timeout
 from urllib3.util.wait import wait_for_read
 
 from relay import errors
-from relay.upstream.connect import HTTPPool, HTTPSPool
-from relay.upstream.exchange import READ_SIZE, Aborted, Exchange
+from relay.upstream import faults
+from relay.upstream.connect import OfTheProxy, Peer, Proxy, connect, proxy_of, tls_context
+from relay.upstream.exchange import READ_SIZE, Exchange
+from relay.upstream.pool import Connection, Pool
 from relay.wire.headers import CREDENTIALS, check_field
 from relay.wire.target import join
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    import ssl
+    from collections.abc import Mapping
 
     from relay.settings import Settings
 
-if not hasattr(urllib3, "BaseHTTPResponse"):
-    raise ImportError("relay needs urllib3 2 or newer; `pip install -U requests urllib3` brings it")
-
-#: What goes upstream stands in the exchange; nothing is added to it.
-_NO_HEADERS: Any = requests.structures.CaseInsensitiveDict()
 #: Bytes of a probe's answer that are read; no list of models is longer.
 _MOST_PROBED = 4 * 1024 * 1024
 
@@ -59,18 +48,18 @@ class Upstream:
             name = settings.upstream_key_header
             bearer = name.lower() == "authorization"
             self._added[name] = f"Bearer {settings.upstream_key}" if bearer else settings.upstream_key
-        # The clocks of a stream know why they end something; the sockets' own limits are the last resort behind them.
-        self._timeout = Timeout(connect=settings.connect_timeout, read=settings.first_byte_timeout)
-        proxy = settings.upstream_proxy
-        self._proxies = {"http": proxy, "https": proxy} if proxy else None
-        self._forwarded = bool(proxy) and not self.tls  # a plain HTTP proxy wants the whole URL and its password
-        if proxy and self._forwarded:
-            user, password = requests.utils.get_auth_from_url(proxy)
-            if user or password:
-                self._added.update(urllib3.make_headers(proxy_basic_auth=f"{user}:{password}"))
+        self.send_timeout = settings.send_timeout
+        self._connect_timeout = settings.connect_timeout
+        self._certificate = settings.upstream_cert
+        self._port = parts.port or (443 if self.tls else 80)
+        self._name = parts.hostname or ""
+        self._proxy_url = settings.upstream_proxy
+        self.forwarded = bool(self._proxy_url) and not self.tls  # a plain HTTP proxy wants the whole URL
+        self._way: tuple[Peer, Proxy | None] | None = None  # made at the first connection
+        if self._proxy_url and self.forwarded and (login := proxy_of(self._proxy_url).authorization):
+            self._added["Proxy-Authorization"] = login
         self._added_names = {name.lower() for name in self._added}
-        self._pool_size = (settings.max_streams or 900) + 8
-        self._adapter: _Adapter | None = None
+        self._pool = Pool((settings.max_streams or 900) + 8, settings.upstream_idle)
 
     def exchange(
         self,
@@ -88,7 +77,7 @@ class Upstream:
         ValueError for one that cannot be sent as it is.
         """
         target = join(self._base_path, rest, query, self._query)
-        if self._forwarded:
+        if self.forwarded:
             target = f"http://{self.host}{target}"
         added, replaced = self._added, self._added_names
         if overrides:
@@ -107,59 +96,36 @@ class Upstream:
         head = "\r\n".join([*lines, "\r\n"]).encode("latin-1")
         return Exchange(self, method, head + body if body else head)
 
-    def send(self, exchange: Exchange, *, within: float | None) -> Callable[[], None]:
-        """Send the exchange's request, on a new connection if none stands idle; gives what returns it to the pool.
+    # Connections, for an exchange (relay.upstream.exchange.Sender).
 
-        `within`: seconds for each step, in place of the settings' limits. Raises UpstreamUnreachable, UpstreamFailed,
-        ConnectTimeout; Aborted if the exchange was closed.
-        """
-        if self._adapter is None:
-            # Two threads may race here at the first request: the loser's adapter has opened nothing.
+    def take(self) -> Connection | None:
+        return self._pool.take()
+
+    def put(self, connection: Connection) -> None:
+        self._pool.put(connection)
+
+    def distrust(self) -> None:
+        self._pool.clear()
+
+    def connect(self, within: float | None) -> Connection:
+        seconds = within or self._connect_timeout
+        way = self._way or self._find_way()
+        try:
+            return Connection(connect(*way, within=seconds))
+        except (OSError, OfTheProxy) as error:
+            raise faults.not_connected(error, seconds) from None
+
+    def _find_way(self) -> tuple[Peer, Proxy | None]:
+        """Load certificates. Two threads may race here at the first request; both come to the same."""
+        context: ssl.SSLContext | None = None
+        if self.tls:
             try:
-                self._adapter = _Adapter(self._pool_size, self._ca, tls=self.tls)
-            except OSError:
-                raise errors.UpstreamUnreachable(
-                    "the certificates in RELAY_UPSTREAM_CA cannot be loaded; it must be a PEM file"
-                ) from None
-        request = requests.PreparedRequest()
-        request.method, request.url, request.headers = exchange.method, self.url, _NO_HEADERS
-        # The body is opaque to requests and urllib3: our connection class finds the exchange in it.
-        request.body = exchange  # type: ignore[assignment]
-        timeout = Timeout(connect=within, read=within) if within else self._timeout
-        try:
-            raw: Any = self._adapter.send(request, stream=True, timeout=cast("Any", timeout), proxies=self._proxies)
-        except Aborted:
-            raise
-        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-            raise _translate(error, connected=exchange.connected) from None
-        return raw.release_conn  # type: ignore[no-any-return]
-
-    def send_idle(self, exchange: Exchange, wire: bytes) -> Callable[[], None] | None:
-        """Send the exchange's request if that takes no waiting, because a connection stands idle; None: it would.
-
-        Otherwise as `send`, without requests' and urllib3's own way there, which costs as much as all the rest.
-        """
-        pool = None if self._adapter is None else self._adapter.pool
-        connection = None if pool is None else pool.take_idle()
-        if pool is None or connection is None:
-            return None
-        give_back = partial(pool.give_back, connection)
-        sock = connection.sock
-        try:
-            sent = (sock if self.tls else getattr(sock, "_sock", sock)).send(wire)
-        except OSError:
-            sent = 0
-        if sent == 0:
-            # Not a byte is gone. The kernel takes no more now, or the upstream has just hung up.
-            connection.close()
-            give_back()
-            return None
-        exchange.sending(connection)
-        if sent < len(wire):
-            connection.close()
-            give_back()
-            raise errors.UpstreamFailed("the upstream hung up before it had the whole request")
-        return give_back
+                context = tls_context(self._ca, self._certificate)
+            except OSError as error:
+                raise errors.UpstreamUnreachable(_unusable(self._ca, self._certificate, error)) from None
+        proxy = proxy_of(self._proxy_url) if self._proxy_url else None
+        self._way = Peer(self._name, self._port, context), proxy
+        return self._way
 
     def probe(self, rest: str, *, within: float) -> int:
         """The status of the answer to a GET, all of it within so many seconds. Its body is thrown away.
@@ -195,86 +161,17 @@ class Upstream:
 
     def close(self) -> None:
         """Close the idle connections."""
-        if self._adapter is not None:
-            self._adapter.close()
-            self._adapter = None
+        self._pool.clear()
 
 
-class _Adapter(HTTPAdapter):
-    """requests' adapter with one preloaded TLS context and our connection classes."""
-
-    def __init__(self, pool_size: int, ca: str | None, *, tls: bool) -> None:
-        self._context = _tls_context(ca) if tls else None
-        self.pool: Any = None  # of connections, from the first request on
-        super().__init__(pool_connections=4, pool_maxsize=pool_size)
-
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, ssl_context=self._context, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = {"http": HTTPPool, "https": HTTPSPool}
-
-    def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
-        manager = super().proxy_manager_for(proxy, ssl_context=self._context, **kwargs)
-        manager.pool_classes_by_scheme = {"http": HTTPPool, "https": HTTPSPool}
-        return manager
-
-    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
-        """The one pool that this adapter ever needs, looked up once."""
-        if self.pool is None:
-            self.pool = super().get_connection_with_tls_context(*args, **kwargs)
-        return self.pool
-
-    def cert_verify(self, conn: Any, url: Any, verify: Any, cert: Any) -> None:
-        """Leave the pool alone: requests would set `ca_certs`, and each new connection load that file (14 ms)."""
-
-    def request_url(self, request: Any, proxies: Any) -> str:
-        """What urllib3 calls the URL; the target that goes out stands in the exchange."""
-        return str(request.url) if proxies and not self._context else "/"
-
-    def build_response(self, req: Any, resp: Any) -> Any:
-        """The raw response as it is: no cookies are kept, and nobody asks for headers or an encoding."""
-        return resp
-
-
-def _tls_context(ca: str | None) -> ssl.SSLContext:
-    context = urllib3.util.ssl_.create_urllib3_context()
-    # Some builds of Python set it (Debian 12's does): a connection that breaks off would seem to have ended.
-    context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
-    context.load_verify_locations(ca or certifi.where())
-    return context
-
-
-def _translate(error: BaseException, *, connected: bool) -> errors.RelayError:
-    """What went wrong, from the nested exceptions of requests and urllib3. No address and no key in the text."""
-    nest = _nest(error)
-    cause = nest[-1]
-    for each in nest:
-        each.__traceback__ = None  # its frames are urllib3's, which name these errors, and the exchange
-    if connected:
-        return errors.UpstreamFailed("the upstream hung up before it had the whole request")
-    if isinstance(error, (requests.ConnectTimeout, requests.ReadTimeout)):
-        return errors.ConnectTimeout("no connection to the upstream in time (RELAY_CONNECT_TIMEOUT)")
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        return errors.UpstreamUnreachable(
-            f"the upstream's certificate is not trusted ({cause.verify_message}); for a private authority set "
-            "RELAY_UPSTREAM_CA",
-            code="upstream_certificate",
-        )
-    if isinstance(cause, ssl.SSLError):
-        return errors.UpstreamUnreachable("the upstream does not speak TLS as it should; check its scheme")
-    if isinstance(cause, socket.gaierror):
-        return errors.UpstreamUnreachable("the upstream's host name cannot be resolved")
-    detail = f": {cause.strerror}" if isinstance(cause, OSError) and cause.strerror else ""
-    return errors.UpstreamUnreachable(f"the upstream cannot be reached{detail}")
-
-
-def _nest(error: BaseException) -> list[BaseException]:
-    """The exceptions that requests and urllib3 build around one another, from the outermost to the innermost."""
-    nest = [error]
-    while True:
-        error = nest[-1]
-        inner = getattr(error, "reason", None) or error.__cause__ or error.__context__
-        if not isinstance(inner, BaseException):
-            inner = next((arg for arg in error.args if isinstance(arg, BaseException)), None)
-        if inner is None or inner in nest:
-            return nest
-        nest.append(inner)
+def _unusable(ca: str | None, certificate: str | None, error: OSError) -> str:
+    """Which of the two files cannot be used: the one whose loading fails by itself."""
+    if certificate is not None:
+        try:
+            tls_context(ca, None)
+        except OSError:
+            pass
+        else:
+            why = "its key has a password" if "password" in str(error) else "certificate and key do not fit, or no PEM"
+            return f"the file in RELAY_UPSTREAM_CERT cannot be used ({why}); it holds a certificate and its key, in PEM"
+    return "the certificates in RELAY_UPSTREAM_CA cannot be loaded; it must be a PEM file"

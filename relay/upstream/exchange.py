@@ -1,26 +1,37 @@
 """One request to the upstream and its answer, as bytes that have arrived. Reading never waits.
 
-Knows sockets and HTTP/1.1 framing, and nothing of requests, clients, heartbeats or clocks: relay.upstream.endpoint
-gives it a connection, and whoever uses it waits on `sock` in between.
+Knows sockets and HTTP/1.1 framing, and nothing of clients, heartbeats or a stream's clocks: relay.upstream.endpoint
+makes its connection, and who uses it waits on `sock` in between.
 """
 
 from __future__ import annotations
 
-import socket
+import select
 import ssl
+import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from relay import errors
+from relay.upstream import faults
+from relay.upstream.connect import UNACKNOWLEDGED, watch_peer
+from relay.upstream.pool import shut
 from relay.wire import http1
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from relay.upstream.pool import Connection
 
 #: One read takes at most so much: large enough for what has queued up to go out in one write. recv gives back what
 #: it does not fill.
 READ_SIZE = 64 * 1024
 #: A request up to this size fits into an empty send buffer, so that sending it does not wait for anybody.
 _SENT_AT_ONCE = 16 * 1024
+
+#: Answers before the final one (100, 103): a client of HTTP has no use for more.
+_MOST_INTERIM = 10
+#: Seconds from sending in which a reused connection may turn out to have been closed by the upstream meanwhile.
+_STALE = 1.0
 
 _NOTHING_THERE = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
@@ -29,25 +40,26 @@ class Aborted(Exception):
     """The exchange was closed while its request was being sent."""
 
 
-class Connection(Protocol):
-    """What an exchange needs of the connection that it is given."""
-
-    sock: Any
-
-    def close(self) -> None: ...
-
-
 class Sender(Protocol):
     """What an exchange needs of the upstream."""
 
     tls: bool
     read_size: int
 
-    def send(self, exchange: Exchange, *, within: float | None) -> Callable[[], None]:
-        """Send the request on a connection; gives what returns it for reuse."""
+    forwarded: bool  # through a proxy that reads the requests
+    send_timeout: float
 
-    def send_idle(self, exchange: Exchange, wire: bytes) -> Callable[[], None] | None:
-        """The same without waiting; None: that cannot be done."""
+    def take(self) -> Connection | None:
+        """A connection that stands idle."""
+
+    def connect(self, within: float | None) -> Connection:
+        """A new connection. Raises UpstreamUnreachable or ConnectTimeout."""
+
+    def put(self, connection: Connection) -> None:
+        """Take back a connection that may be used again."""
+
+    def distrust(self) -> None:
+        """A connection that stood idle was dead: others may be."""
 
 
 class Exchange:
@@ -56,8 +68,8 @@ class Exchange:
     """
 
     __slots__ = (
-        "_answered", "_closed", "_connection", "_give_back", "_received", "_recv", "_upstream", "connected",
-        "empty", "head", "method", "sock", "wire",
+        "_answered", "_closed", "_connection", "_interim", "_partial", "_received", "_recv", "_searched", "_upstream",
+        "connected", "empty", "head", "method", "sent_at", "sock", "wire",
     )  # fmt: skip
 
     def __init__(self, upstream: Sender, method: str, wire: bytes) -> None:
@@ -69,8 +81,11 @@ class Exchange:
         self._answered = False
         self.sock: Any = None
         self._connection: Connection | None = None
-        self._give_back: Callable[[], None] | None = None  # set once the request is sent
-        self._received = b""  # what has come of the head, then what came along with it
+        self.sent_at: float | None = None  # when the request was sent, monotonic seconds
+        self._partial = False  # the answer came before all of it was
+        self._received: bytes | bytearray = b""  # what has come of the head, then what came along with it
+        self._searched = 0  # how far it was searched for the head's end
+        self._interim = 0
         self._recv: Callable[[int], bytes]
         #: Nothing can be read before `sock` is readable.
         self.empty = True
@@ -80,41 +95,116 @@ class Exchange:
 
     @property
     def sent(self) -> bool:
-        return self._give_back is not None
+        return self.sent_at is not None
+
+    @property
+    def answered(self) -> bool:
+        """`head` is there."""
+        return self._answered
 
     def send(self, *, within: float | None = None) -> None:
         """Connect if need be, and send the request.
 
-        `within`: seconds for each step, in place of the settings' limits. Raises UpstreamUnreachable, UpstreamFailed
-        or ConnectTimeout; Aborted if it was closed meanwhile.
+        `within`: seconds for each step, in place of the settings' limits. Raises UpstreamUnreachable, UpstreamFailed,
+        ConnectTimeout or SendTimeout; Aborted if it was closed meanwhile.
         """
-        give_back = self._upstream.send(self, within=within)
-        self._has_been_sent(give_back)
+        connection = self._upstream.take() or self._upstream.connect(within)
+        if self._closed or self.wire is None:
+            connection.close()
+            raise Aborted
+        self._begin(connection)
+        patience = within or self._upstream.send_timeout
+        if not isinstance(connection.sock, ssl.SSLSocket) and len(self.wire) > _SENT_AT_ONCE:
+            watch_peer(connection.sock, max(patience, UNACKNOWLEDGED))
+        try:
+            self._write(self.wire, patience)
+        except BaseException:
+            self._drop()
+            raise
+        self._has_been_sent()
 
     def send_at_once(self) -> bool:
         """Send the request if that takes no waiting: it is short, and a connection stands idle. Raises as `send`."""
-        if self.wire is None or len(self.wire) > _SENT_AT_ONCE:
+        wire = self.wire
+        if wire is None or len(wire) > _SENT_AT_ONCE:
             return False
-        give_back = self._upstream.send_idle(self, self.wire)
-        if give_back is None:
+        connection = self._upstream.take()
+        if connection is None:
             return False
-        self._has_been_sent(give_back)
+        sock = connection.sock
+        try:
+            sent = (sock if self._upstream.tls else getattr(sock, "_sock", sock)).send(wire)
+        except OSError:
+            sent = 0
+        if sent == 0:
+            # Not a byte is gone. The kernel takes no more now, or the upstream has just hung up.
+            connection.close()
+            return False
+        self._begin(connection)
+        if sent < len(wire):
+            self._drop()
+            raise errors.UpstreamFailed("the upstream hung up before it had the whole request")
+        self._has_been_sent()
         return True
 
-    def sending(self, connection: Connection) -> bytes:
-        """The connection that will carry the request asks for its bytes."""
-        if self._closed or self.wire is None:
-            raise Aborted
+    def _begin(self, connection: Connection) -> None:
         self._connection, self.sock = connection, connection.sock
         self.connected = True
-        return self.wire
-
-    def _has_been_sent(self, give_back: Callable[[], None]) -> None:
-        self.wire = None  # a request of 32 MiB must not live as long as its answer
-        self.sock.settimeout(0)
         # The plain socket beneath gevent's, which would only add its own way of waiting; TLS needs the whole of it.
         self._recv = self.sock.recv if self._upstream.tls else getattr(self.sock, "_sock", self.sock).recv
-        self._give_back = give_back
+
+    def _write(self, wire: bytes, patience: float) -> None:
+        """Send all of it, unless the answer comes before. Raises SendTimeout when the upstream takes nothing for
+        `patience` seconds, and UpstreamFailed when it hangs up."""
+        sock = self.sock
+        sock.settimeout(0)
+        poller = select.poll()
+        poller.register(sock.fileno(), select.POLLIN | select.POLLOUT)
+        rest = memoryview(wire)
+        while True:
+            try:
+                sent = sock.send(rest[:READ_SIZE])
+                rest = rest[sent:]
+                if not rest:
+                    return
+            except _NOTHING_THERE:
+                pass
+            except OSError as error:
+                # It may have answered before it hung up: what it said of that counts.
+                if self._has_answered_early():
+                    return
+                raise faults.tls(error) or errors.UpstreamFailed(
+                    "the upstream hung up before it had the whole request"
+                ) from None
+            # After each piece, for TLS cannot be read any more once a write has failed.
+            ready = poller.poll(patience * 1000)
+            if not ready:
+                if self._closed:
+                    raise Aborted
+                raise errors.SendTimeout(
+                    f"the upstream has taken nothing of the request for {patience:g} s (RELAY_SEND_TIMEOUT)"
+                )
+            if ready[0][1] & ~select.POLLOUT and self._has_answered_early():
+                return
+
+    def _has_answered_early(self) -> bool:
+        """Whether the head of the answer is there although the request is not all sent: it then says enough."""
+        try:
+            while True:
+                if self.read_head():
+                    self._partial = True
+                    return True
+                if self.empty:
+                    return False
+        except errors.UpstreamFailed:
+            if self._closed:
+                raise Aborted from None
+            raise errors.UpstreamFailed("the upstream hung up before it had the whole request") from None
+
+    def _has_been_sent(self) -> None:
+        self.wire = None  # a request of 32 MiB must not live as long as its answer
+        self.sock.settimeout(0)
+        self.sent_at = time.monotonic()
         if self._closed:
             self._release()
             raise Aborted
@@ -124,33 +214,63 @@ class Exchange:
     def read_head(self) -> bool:
         """Take what has come of the answer's head; True: `head` is there. Interim answers are passed over.
 
-        Raises UpstreamFailed if the upstream hung up or did not answer with sound HTTP/1.
+        Raises UpstreamFailed if the upstream hung up or its answer is not valid HTTP/1.
         """
+        if self._answered:
+            return True
         try:
             data = self._receive()
             if not data:
-                raise errors.UpstreamFailed("the upstream hung up before it answered")
-            data = self._received + data
-            while length := http1.head_length(data):
-                head = http1.parse_head(data[:length], self.method)
-                data = data[length:]
+                raise self._hung_up()
+            if not self._received:
+                received = data
+            else:  # in pieces: a head that comes byte by byte must not be copied for each
+                if isinstance(self._received, bytes):
+                    self._received = bytearray(self._received)
+                self._received += data
+                received = self._received  # type: ignore[assignment]
+            while length := http1.head_length(received, self._searched):
+                head = http1.parse_head(bytes(received[:length]), self.method)
+                received = bytes(received[length:])
+                self._searched = 0
                 if head.status == 101:
                     raise http1.BadResponse("it switched protocols, which nobody asked for")
                 if head.status >= 200:
+                    if head.status == 407 and self._upstream.forwarded:
+                        raise faults.proxy_login()
                     self.head, self._answered = head, True
-                    self.empty = self.empty and not data and not head.framing.done
+                    self.empty = self.empty and not received and not head.framing.done
                     break
                 # 100, 102, 103: the answer is still to come (RFC 9110 section 15.2)
-                if not data:
+                self._interim += 1
+                if self._interim > _MOST_INTERIM:
+                    raise http1.BadResponse(f"it has more than {_MOST_INTERIM} interim answers")
+                if not received:
                     break
-            self._received = data
+            else:
+                self._searched = max(len(received) - 3, 0)
+            self._received = received
         except _NOTHING_THERE:
             self.empty = True
         except http1.BadResponse as error:
             raise errors.UpstreamFailed(f"the upstream's answer cannot be relayed: {error}") from None
-        except OSError:
-            raise errors.UpstreamFailed("the upstream hung up before it answered") from None
+        except OSError as error:
+            raise faults.tls(error) or self._hung_up() from None
         return self._answered
+
+    def _hung_up(self) -> errors.UpstreamFailed:
+        """The upstream has closed the connection in place of an answer.
+
+        On one that stood idle it may have done so before it saw the request: SDKs then ask again, as they would without
+        a relay between. Later than that it had the request, and may bill it.
+        """
+        error = errors.UpstreamFailed("the upstream hung up before it answered")
+        connection = self._connection
+        if connection is not None and connection.reused and not self._received and not self._interim:
+            self._upstream.distrust()
+            if self.sent_at is not None and time.monotonic() - self.sent_at < _STALE:
+                error.may_retry = True
+        return error
 
     def read(self) -> bytes | None:
         """Body bytes that have arrived; b"" after the last one; None: no byte of the body has.
@@ -160,7 +280,7 @@ class Exchange:
         framing = self.head.framing
         try:
             if self._received:
-                raw, self._received = self._received, b""
+                raw, self._received = bytes(self._received), b""
                 self.empty = True
             elif framing.done:
                 return b""
@@ -226,24 +346,28 @@ class Exchange:
         if self.sent:
             self._release()
         elif self.sock is not None:
-            # Another thread or greenlet is sending still: this wakes it, and it cleans up.
-            try:
-                self.sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
+            shut(self.sock)  # another thread or greenlet is sending still
 
     def _release(self) -> None:
-        give_back, connection = self._give_back, self._connection
-        if give_back is None or connection is None:
+        connection = self._connection
+        if connection is None:
             return
-        if not self._reusable():
-            connection.close()
+        reusable = self._reusable()
         self._connection = self.sock = None
         self._received = b""
-        give_back()
+        if reusable:
+            self._upstream.put(connection)
+        else:
+            connection.close()
+
+    def _drop(self) -> None:
+        """The request was not sent, and its connection is of no use."""
+        connection, self._connection, self.sock = self._connection, None, None
+        if connection is not None:
+            connection.close()
 
     def _reusable(self) -> bool:
-        if not self._answered or self._received:
+        if not self._answered or self._received or self._partial:
             return False
         framing = self.head.framing
         return framing.done and not framing.excess and self.head.keeps_open

@@ -234,14 +234,15 @@ class Head:
     fields: dict[str, str] = field(repr=False)
 
 
-def head_length(data: bytes) -> int:
+def head_length(data: bytes | bytearray, searched: int = 0) -> int:
     """Length of the response head that `data` begins with, its blank line included; 0: not all there yet.
 
-    Raises BadResponse if it is over MAX_HEAD, or if the bytes cannot become a response.
+    `searched`: from where its end can be, if what is before was looked at already. Raises BadResponse if it is over
+    MAX_HEAD, or if the bytes cannot become a response.
     """
     if not b"HTTP/1."[: len(data)] == data[:7]:
         raise BadResponse("it did not answer with HTTP/1")
-    end = _HEAD_END.search(data, 0, MAX_HEAD)
+    end = _HEAD_END.search(data, searched, MAX_HEAD)
     if end is None and len(data) >= MAX_HEAD:
         raise BadResponse(f"the head of its answer is over {MAX_HEAD // 1024} KiB")
     return end.end() if end else 0

@@ -1,0 +1,74 @@
+"""What went wrong on the way to the upstream, as an error for the client: which part, and what to do about it.
+
+No address, key or password in a message.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+
+from relay import errors
+from relay.upstream.connect import OfTheProxy, ProxyRefused
+
+_PROXY = "the proxy (RELAY_UPSTREAM_PROXY)"
+
+
+def not_connected(error: BaseException, seconds: float) -> errors.RelayError:
+    """No connection came about within `seconds`, or one failed before the request was sent."""
+    if isinstance(error, ProxyRefused):
+        return _refused_by_proxy(error.status)
+    of_proxy = isinstance(error, OfTheProxy)
+    cause: BaseException = error.error if isinstance(error, OfTheProxy) else error
+    if isinstance(cause, ProxyRefused):
+        return _refused_by_proxy(cause.status)
+    cause.__traceback__ = error.__traceback__ = None  # their frames hold the exchange, which holds this error
+    who = _PROXY if of_proxy else "the upstream"
+    if isinstance(cause, TimeoutError):
+        return errors.ConnectTimeout(f"no connection to {who} within {seconds:g} s (RELAY_CONNECT_TIMEOUT)")
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        hint = "" if of_proxy else "; for a private authority set RELAY_UPSTREAM_CA"
+        return errors.UpstreamUnreachable(
+            f"the certificate of {who} is not trusted ({cause.verify_message}){hint}",
+            code="upstream_certificate",
+        )
+    if isinstance(cause, ssl.SSLError):
+        return tls(cause) or errors.UpstreamUnreachable(f"{who} does not speak TLS as it should; check its scheme")
+    if isinstance(cause, socket.gaierror):
+        return errors.UpstreamUnreachable(f"the host name of {who} cannot be resolved")
+    detail = f": {cause.strerror}" if isinstance(cause, OSError) and cause.strerror else ""
+    return errors.UpstreamUnreachable(f"{who} cannot be reached{detail}")
+
+
+def tls(error: BaseException) -> errors.UpstreamUnreachable | None:
+    """The error if the upstream refused the relay's certificate, or its not having one; else None.
+
+    In TLS 1.3 that is told after the handshake, in place of an answer (RFC 8446 section 4.4.2.4).
+    """
+    reason = getattr(error, "reason", None) or ""
+    if "CERTIFICATE_REQUIRED" in reason:
+        why = "wants a client certificate; set RELAY_UPSTREAM_CERT"
+    elif any(word in reason for word in ("UNKNOWN_CA", "BAD_CERTIFICATE", "CERTIFICATE_UNKNOWN", "ACCESS_DENIED")):
+        why = "does not accept the client certificate (RELAY_UPSTREAM_CERT)"
+    elif "CERTIFICATE_EXPIRED" in reason or "CERTIFICATE_REVOKED" in reason:
+        why = "does not accept the client certificate (RELAY_UPSTREAM_CERT): it has expired or was revoked"
+    elif "HANDSHAKE_FAILURE" in reason:
+        why = "refused the TLS handshake; it may want a client certificate (RELAY_UPSTREAM_CERT)"
+    else:
+        return None
+    return errors.UpstreamUnreachable(f"the upstream {why}", code="upstream_certificate")
+
+
+def _refused_by_proxy(status: int) -> errors.UpstreamUnreachable:
+    if status == 407:
+        why = "wants a login (407); write its user and password into RELAY_UPSTREAM_PROXY"
+    elif status:
+        why = f"opens no connection to the upstream: it answered {status}"
+    else:
+        why = "opens no connection to the upstream, and did not answer in HTTP"
+    return errors.UpstreamUnreachable(f"{_PROXY} {why}")
+
+
+def proxy_login() -> errors.UpstreamUnreachable:
+    """The proxy answered a request that it should have passed on with 407."""
+    return _refused_by_proxy(407)
