@@ -161,6 +161,12 @@ class Drained(RelayError):
     may_retry = False
 
 
+def codes() -> list[str]:
+    """The codes of the errors with which the relay refuses a request."""
+    kinds: list[type[RelayError]] = [RelayError, *RelayError.__subclasses__()]
+    return sorted({kind.code for kind in kinds if kind.reason is None})
+
+
 class StreamCut(BrokenPipeError):
     """Ends the client's connection without a clean end of the body.
 

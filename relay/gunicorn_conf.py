@@ -85,8 +85,8 @@ def configure() -> dict[str, Any]:
             # kills what is left, with nothing. It must come second. [30]
             "graceful_timeout": math.ceil(settings.drain) + 5,
             # Idle client connections. Longer than the proxy in front keeps them (nginx/snippets/relay-upstream.conf:
-            # 3 s): the side that closes first must be the one that sends requests, or a request meets a closed
-            # connection and becomes a 502. Not much longer, for an idle one holds a stopping worker back. [2]
+            # 3 s) and clients without one do (httpx 5 s, Node 5 s, aiohttp 15 s, a load balancer 60 s): the side that
+            # closes first must be the one that sends requests, or a request meets a closed connection. [2]
             "keepalive": math.ceil(settings.keepalive),
             # EventSource can only put what it has to say into the URL. 8190 is the most that gunicorn allows. [4094]
             "limit_request_line": 8190,

@@ -9,6 +9,13 @@ if TYPE_CHECKING:
     from relay.llm.usage import Usage
 
 
+#: Why a stream can have ended.
+REASONS = (
+    "done", "client_gone", "upstream_error", "upstream_cut", "connect_timeout", "send_timeout", "first_byte_timeout",
+    "idle_timeout", "write_timeout", "drained", "relay_error",
+)  # fmt: skip
+
+
 @dataclass(slots=True, eq=False)
 class Record:
     """Times are seconds."""

@@ -39,11 +39,25 @@ _KEEP_IDLE = 3.5
 #: Seconds that streams have to send their error frame before a write that is stuck is given up.
 _LAST_WORD = 1.0
 
+#: Bytes of a request's head, and seconds from its first byte to its last.
+_MOST_HEAD, _HEAD_TIME = 64 * 1024, 15.0
+
+
+class HeadTooLarge(http_errors.ParseException):  # type: ignore[misc]
+    """A request's head is longer in all than any honest one."""
+
+
+class HeadTooSlow(http_errors.ParseException):  # type: ignore[misc]
+    """A request's head dribbles."""
+
+
 #: What gunicorn's parser refuses, and how that is told. Its own message would repeat the request line, query and all.
 _REFUSALS: tuple[tuple[type[Exception], int, str, str], ...] = (
     (http_errors.LimitRequestLine, 414, "URI Too Long", "the request line is longer than the server takes"),
     (http_errors.LimitRequestHeaders, 431, "Request Header Fields Too Large", "there are too many or too long headers"),
     (http_errors.UnsupportedTransferCoding, 501, "Not Implemented", "only the transfer coding chunked is understood"),
+    (HeadTooLarge, 431, "Request Header Fields Too Large", "the request's head is over 64 KiB"),
+    (HeadTooSlow, 408, "Request Timeout", "the request's head did not come within 15 s"),
     (http_errors.ExpectationFailed, 417, "Expectation Failed", "only 100-continue may be expected"),
     (http_errors.InvalidHTTPVersion, 400, "Bad Request", "the request is not in HTTP/1.1 or HTTP/1.0"),
     (http_errors.InvalidHeaderName, 400, "Bad Request", "a header's name is malformed"),
@@ -93,15 +107,19 @@ class Worker(GeventWorker):  # type: ignore[misc]
             client.__class__ = _Client
         self._clients.add(client)
         self._idle[client] = time.monotonic()
+        _heads.add(client)
         try:
             super().handle(listener, client, addr)
         finally:
             self._clients.discard(client)
             self._idle.pop(client, None)
             _held.pop(client, None)
+            _heads.discard(client)
 
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
         self._idle.pop(sock, None)
+        _heads.discard(sock)
+        _check_coding(req)
         req.version = min(req.version, (1, 1))  # gunicorn would answer HTTP/1.2 in HTTP/1.2 (RFC 9110 section 2.5)
         _untie(req)
         super().handle_request(listener_name, req, sock, addr)
@@ -110,14 +128,46 @@ class Worker(GeventWorker):  # type: ignore[misc]
             # A head that went out before the drain had no `Connection: close`; what came next here would be too late.
             raise StopIteration
         self._idle[sock] = now
+        _heads.add(sock)
 
     # Stopping.
 
     def run(self) -> None:
+        gevent.spawn(self._drain_when_stopped)
+        if self.cfg.reload:
+            self.cfg.set("worker_int", self._drain_before(self.cfg.worker_int))
         try:
             super().run()
         finally:
             self._loop_is_over = True
+
+    def notify(self) -> None:
+        """Tell the master that this worker lives. Without a master it drains: gunicorn would exit at once."""
+        if self.ppid == os.getppid():
+            super().notify()
+        elif not drain.draining:
+            self.log.warning("The master is gone: this worker drains and ends")
+            self.handle_exit(0, None)
+
+    def _drain_when_stopped(self) -> None:
+        """Whatever stops a worker, such as `max_requests`, clears `alive`, and not all of it is a signal."""
+        while not self._loop_is_over and not drain.draining:
+            if not self.alive:
+                drain.at = time.monotonic() + drain.seconds
+                gevent.spawn(self._drain)
+                return
+            gevent.sleep(_LOOK)
+
+    def _drain_before(self, then: Any) -> Any:
+        """The hook that gunicorn calls before it ends a worker whose code has changed (`--reload`)."""
+
+        def stop(worker: Any) -> None:
+            gevent.sleep(2 * _LOOK)  # until the drain has begun
+            while drain.open and time.monotonic() < drain.at + 3 * _LAST_WORD:
+                gevent.sleep(_LOOK)
+            then(worker)
+
+        return stop
 
     def handle_quit(self, sig: int, frame: Any) -> None:
         """SIGINT or SIGQUIT: end at once. This runs in a signal handler, so it only sets things off."""
@@ -187,6 +237,13 @@ class Worker(GeventWorker):  # type: ignore[misc]
             pass  # the client did not wait for it
 
 
+def _check_coding(req: Any) -> None:
+    """Refuse a body in another coding than chunked, which gunicorn would pass on coded (RFC 9112 section 6.1)."""
+    for name, value in req.headers:
+        if name == "TRANSFER-ENCODING" and value.strip().lower() != "chunked":
+            raise http_errors.UnsupportedTransferCoding(value)
+
+
 def _untie(req: Any) -> None:
     """Let a request with a chunked body be freed without the collector: its body's reader holds it, and it the body."""
     reader = req.body.reader
@@ -204,6 +261,8 @@ def _count_as(pid: int) -> None:
         values.ValueClass = values.MultiProcessValue(lambda: pid)  # type: ignore[no-untyped-call]
 
 
+#: The clients whose next bytes are a request's head.
+_heads: set[Any] = set()
 #: What `join_next` holds back of each client's: None while nothing has been written yet.
 _held: dict[_Client, bytes | None] = {}
 
@@ -213,6 +272,30 @@ class _Client(gevent.socket.socket):  # type: ignore[misc]
     gevent's own sendall asks the kernel for the size of that buffer first, for every event."""
 
     __slots__ = ()
+
+    def recv(self, *args: Any) -> bytes:
+        """While a request's head comes: all of it at once, within its time and size. gunicorn's parser looks through
+        what it has at each piece, and a head that dribbles would cost the square of its length."""
+        data: bytes = super().recv(*args)
+        if self not in _heads:
+            return data
+        head = bytearray(data)
+        began, before = time.monotonic(), self.gettimeout()
+        try:
+            while data and head.find(b"\r\n\r\n", max(len(head) - len(data) - 3, 0)) < 0:
+                if len(head) > _MOST_HEAD:
+                    raise HeadTooLarge
+                left = began + _HEAD_TIME - time.monotonic()
+                if left <= 0:
+                    raise HeadTooSlow
+                self.settimeout(left)
+                data = super().recv(*args)
+                head += data
+        except TimeoutError:
+            raise HeadTooSlow from None
+        finally:
+            self.settimeout(before)
+        return bytes(head)
 
     def join_next(self) -> None:
         """Let the next `sendall` wait for the one after it, which comes at once: one packet, and one wake-up of the

@@ -10,6 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
+import stat
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -32,21 +35,48 @@ def _to_logger(line: dict[str, Any]) -> None:
 _emit: Callable[[dict[str, Any]], None] = _to_logger
 
 
+#: Bytes that a pipe with room for any takes at once, so that they neither wait nor mix with others' (POSIX, PIPE_BUF).
+_ATOMIC = select.PIPE_BUF
+
+
+def _room(descriptor: int) -> Callable[[], bool]:
+    """Whether a line can be written without waiting. A reader that stands still must not stop the streams.
+
+    Under gevent `select.poll` gives way to other greenlets, and a line's place in the log with it: its own is used.
+    """
+    mode = os.fstat(descriptor).st_mode
+    if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or os.isatty(descriptor)):
+        return lambda: True  # files have no readers to wait for
+    poll: Any = getattr(select, "poll", None)
+    if "gevent.monkey" in sys.modules:
+        poll = sys.modules["gevent.monkey"].get_original("select", "poll")
+    poller = poll()
+    poller.register(descriptor, select.POLLOUT)
+    return lambda: bool(poller.poll(0))
+
+
 class _Output:
-    """Lines to a file descriptor. One that cannot be written is counted, and told of when one can be again: a full
-    disk must not end a stream."""
+    """Lines to a file descriptor. One that cannot be written is counted, and reported when one can be again: a full
+    disk must not end a stream, and a reader that stands still must not stop one."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._format = for_people if os.isatty(descriptor) else _encode
         self._lost = 0
+        self._has_room = _room(descriptor)
 
     def __call__(self, line: dict[str, Any]) -> None:
         text = self._format(line) + "\n"
         if self._lost:
             text = self._format({"event": "log_lines_lost", "lines": self._lost}) + "\n" + text
+        data = text.encode()
+        if len(data) > _ATOMIC:
+            data = (self._format({"event": "log_line_too_long", "bytes": len(data)}) + "\n").encode()
         try:
-            os.write(self._descriptor, text.encode())
+            if not self._has_room():
+                self._lost += 1
+                return
+            os.write(self._descriptor, data)
         except OSError:
             self._lost += 1
         else:

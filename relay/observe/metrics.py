@@ -11,6 +11,9 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any
 
+from relay import errors
+from relay.record import REASONS
+
 if TYPE_CHECKING:
     from relay.record import Record
 
@@ -84,6 +87,20 @@ class Metrics:
         if child is None:
             child = self._labelled[key] = metric.labels(*labels)
         return child
+
+    def prepare(self, mount: str) -> None:
+        """Have every series of a mount, at 0: a rate over one that begins with its first event misses that event."""
+        if not self._on:
+            return
+        for metric in (self._open, self._seconds, self._first_byte, self._gap, self._bytes, self._heartbeats):
+            self._child(metric, mount)
+        for reason in REASONS:
+            self._child(self._ended, mount, reason)
+        for kind in ("input", "output", "cache_read", "cache_write"):
+            self._child(self._tokens, mount, kind)
+        for code in errors.codes():
+            self._child(self._refused, code)
+        self._child(self._requests, mount, 200)
 
     def opened(self, mount: str) -> None:
         if self._on:

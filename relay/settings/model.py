@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 # The longest value that a message repeats.
 _SHOWN = 120
 
+# What the commands read (`relay chat`, `relay doctor`): it may stand in the environment that the service gets.
+_OF_COMMANDS = frozenset({"RELAY_CLIENT_KEY"})
+
 _BY_NAME = {setting.name: setting for setting in SETTINGS}
 
 
@@ -111,7 +114,7 @@ class Settings:
         given = {
             name: value
             for name, value in mapping.items()
-            if name.startswith(PREFIX) and value is not None and not _injected(name)
+            if name.startswith(PREFIX) and value is not None and name not in _OF_COMMANDS and not _injected(name)
         }
         faults = [_unknown(name) for name in given if name not in _BY_NAME]
         values: dict[str, Any] = {}

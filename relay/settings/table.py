@@ -276,7 +276,7 @@ _SERVER = (
     Setting(
         "RELAY_KEEPALIVE",
         duration(_SHORTEST, _HOUR, zero="closes after each response"),
-        "5s",
+        "65s",
         "idle client connections; more than the proxy's own in front",
     ),
     Setting("RELAY_BIND", BIND, "127.0.0.1:8000", "the service's address; unset while PORT is set: 0.0.0.0:$PORT"),

@@ -11,6 +11,7 @@ from werkzeug.routing import BaseConverter
 from relay import errors
 from relay.gate.keys import short_keys
 from relay.observe import log
+from relay.observe.metrics import metrics
 from relay.settings import Settings
 from relay.web import cors
 from relay.web.mount import EndHook, HeadersHook, Mount
@@ -111,6 +112,7 @@ class Relay:
         if any(rule.rule == f"{prefix}/_relay/health" for rule in app.url_map.iter_rules()):
             raise ValueError(f"the app has a relay at {prefix or '/'} already; give {self.name!r} another url_prefix=")
         mounts[self.name] = mount
+        metrics().prepare(self.name)
         app.register_blueprint(self.blueprint, url_prefix=prefix or None)
         across = None if mount.service else cors.hooks(app, mount.settings)
         if across:
