@@ -52,9 +52,13 @@ class RelayError(Exception):
         return self
 
     def json(self, request_id: str) -> str:
-        """The body of the error, in the shape that OpenAI's and Anthropic's SDKs read. One line."""
-        error = {"message": self.message, "type": self.type, "code": self.code, "request_id": request_id}
-        return json.dumps({"error": error})
+        """The body of the error, in the shape that OpenAI's and Anthropic's SDKs and the AI SDK read. One line."""
+        error: dict[str, object] = {"message": self.message, "type": self.type, "code": self.code}
+        return json.dumps({"type": "error", "error": error | {"request_id": request_id} | self.more()})
+
+    def more(self) -> dict[str, object]:
+        """What else this error says of itself in its JSON."""
+        return {}
 
 
 class BadRequest(RelayError):
@@ -87,6 +91,13 @@ class TooMany(RelayError):
 
 class Full(RelayError):
     status, code, type = 503, "full", "overloaded_error"
+
+
+class Fault(RelayError):
+    """An exception that nobody has foreseen. The request may have reached the upstream by then."""
+
+    status, code, type, reason = 500, "relay_error", "relay_error", "relay_error"
+    may_retry = False
 
 
 class UpstreamUnreachable(RelayError):
@@ -124,11 +135,12 @@ class UpstreamSaid(RelayError):
             self.type = kind
         self.upstream_status = status
 
-    def json(self, request_id: str) -> str:
-        told = json.loads(super().json(request_id))
-        if self.upstream_status is not None:
-            told["error"]["status"] = self.upstream_status
-        return json.dumps(told)
+        #: A whole answer that could not be passed on as it came: its status, type and body.
+        self.answer: dict[str, object] | None = None
+
+    def more(self) -> dict[str, object]:
+        told = {"status": self.upstream_status, "retry_after": self.retry_after, "upstream": self.answer}
+        return {name: value for name, value in told.items() if value is not None}
 
 
 class ConnectTimeout(RelayError):

@@ -12,12 +12,12 @@ import signal
 import socket
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from harness import eventually, servers
 from harness.calm import undisturbed
-from harness.client import Connection, EndedEarly, request
+from harness.client import Body, Connection, EndedEarly, request
 from harness.upstream import Exchange, Upstream
 
 from relay.stream.waiting.client_socket import Writes
@@ -284,28 +284,94 @@ def test_within_the_hold_the_upstreams_own_status_comes(narrow: Rig) -> None:
     assert (response.status, response.finish().data) == (401, b"{}")
 
 
-@pytest.mark.parametrize(
-    ("status", "headers"),
-    [
-        pytest.param(401, [("Content-Type", "application/json")], id="401"),
-        pytest.param(200, [("Content-Type", "application/json")], id="200 and JSON"),
-        pytest.param(500, EVENTS, id="500 and events"),
-        pytest.param(200, [*EVENTS, ("Content-Encoding", "gzip")], id="compressed"),
-    ],
-)
-def test_after_the_hold_anything_but_a_plain_event_stream_is_an_error_frame(
-    beating: Rig, status: int, headers: list[tuple[str, str]]
-) -> None:
-    path = beating.upstream.by_hand()
-    connection = beating.ask(path)
-    ex = beating.upstream.next(path)
+def _held_answer(rig: Rig, status: int, headers: list[tuple[str, str]], body: bytes) -> Body:
+    """What comes when the upstream answers so after the hold."""
+    path = rig.upstream.by_hand()
+    connection = rig.ask(path)
+    ex = rig.upstream.next(path)
     response = connection.read_head()
     response.read_exactly(len(HEARTBEAT))
-    ex.reply(b'{"error": {"message": "no such key"}}', status, "Whatever", headers)
-    body = response.finish()
-    assert body.ended == "cut"
-    assert str(status) in frame(body.data)["message"]
-    assert frame(body.data)["code"] == "upstream_error"
+    ex.reply(body, status, "Whatever", headers)
+    return response.finish()
+
+
+JSON = [("Content-Type", "application/json")]
+TEXT = [("Content-Type", "text/plain; charset=utf-8")]
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "body", "told"),
+    [
+        pytest.param(
+            429,
+            [*JSON, ("Retry-After", "7")],
+            b'{"error": {"message": "slow down", "type": "rate_limit_error", "code": "too_fast"}}',
+            {"message": "slow down", "type": "rate_limit_error", "code": "too_fast", "retry_after": 7},
+            id="OpenAI",
+        ),
+        pytest.param(
+            529,
+            JSON,
+            b'{"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}',
+            {"message": "Overloaded", "type": "overloaded_error"},
+            id="Anthropic",
+        ),
+        pytest.param(
+            429,
+            JSON,
+            b'{"error": {"code": 429, "message": "quota", "status": "RESOURCE_EXHAUSTED"}}',
+            {"message": "quota"},
+            id="Google",
+        ),
+        pytest.param(401, JSON, b'{"error": {"code": "401", "message": "Access denied"}}', {"code": "401"}, id="Azure"),
+        pytest.param(401, JSON, b'{"message": "invalid api token"}', {"message": "invalid api token"}, id="Cohere"),
+        pytest.param(400, JSON, b'{"object": "error", "message": "bad model"}', {"message": "bad model"}, id="Mistral"),
+        pytest.param(404, TEXT, b"no such page", {"message": "no such page"}, id="text"),
+        pytest.param(
+            502, [("Content-Type", "text/html")], b"<h1>502</h1>", {"message": "the upstream answered 502"}, id="HTML"
+        ),
+        pytest.param(
+            500, EVENTS, b'data: {"error": {"message": "broken"}}\n\n', {"message": "broken"}, id="500 and events"
+        ),
+        pytest.param(503, JSON, b"", {"message": "the upstream answered 503"}, id="empty"),
+    ],
+)
+def test_after_the_hold_a_failure_is_told_in_the_upstreams_words(
+    beating: Rig, status: int, headers: list[tuple[str, str]], body: bytes, told: dict[str, object]
+) -> None:
+    got = _held_answer(beating, status, headers, body)
+    assert got.ended == "cut"
+    assert told.items() <= frame(got.data).items()
+    assert frame(got.data)["status"] == status
+    assert beating.ended(frame(got.data)["request_id"])["status"] == status
+
+
+@pytest.mark.parametrize("headers", [TEXT, [], JSON], ids=["text", "untyped", "JSON"])
+@pytest.mark.parametrize("body", [b"data: 1\n\n", b"\xef\xbb\xbfevent: x\ndata: 1\n\n", b": hello\n\ndata: 1\n\n"])
+def test_after_the_hold_what_looks_like_an_event_stream_is_one(
+    beating: Rig, headers: list[tuple[str, str]], body: bytes
+) -> None:
+    got = _held_answer(beating, 200, headers, body)
+    assert (got.ended, got.data.replace(HEARTBEAT, b"")) == ("clean", body)
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "told"),
+    [
+        pytest.param(JSON, b'{"choices": []}', {"type": "application/json", "body": '{"choices": []}'}, id="JSON"),
+        pytest.param(JSON, b"x" * 70_000, {"body": "x" * 65_536, "truncated": True}, id="large"),
+        pytest.param([("Content-Type", "image/png")], b"\x89PNG", {"body_base64": "iVBORw=="}, id="binary"),
+        pytest.param([*EVENTS, ("Content-Encoding", "gzip")], b"\x1f\x8b", {"encoding": "gzip"}, id="compressed"),
+    ],
+)
+def test_after_the_hold_any_other_answer_is_in_the_frame(
+    beating: Rig, headers: list[tuple[str, str]], body: bytes, told: dict[str, object]
+) -> None:
+    got = _held_answer(beating, 200, headers, body)
+    assert got.ended == "cut"
+    upstream = frame(got.data)["upstream"]
+    assert upstream["status"] == 200
+    assert told.items() <= upstream.items()
 
 
 @pytest.mark.parametrize(
@@ -343,12 +409,14 @@ def test_only_a_request_that_asks_for_events_is_held(
 # --- Clocks and ends ------------------------------------------------------------------------------------------------
 
 
-def frame(body: bytes) -> dict[str, str]:
+def frame(body: bytes) -> dict[str, Any]:
     """The error in the frame at the end of a body."""
     head, _, data = body.rpartition(b"event: error\ndata: ")
     assert data.endswith(b"\n\n"), body[-200:]
     assert not head or head.endswith((b"\n\n", b"\r\r", b"\r\n\r\n", b": keep-alive\n")), "not at an event boundary"
-    error: dict[str, str] = json.loads(data)["error"]
+    told = json.loads(data)
+    assert told["type"] == "error"
+    error: dict[str, Any] = told["error"]
     return error
 
 

@@ -256,7 +256,10 @@ def test_errors_in_a_stream_are_known(name: str, data: str, expected: tuple[Any,
         Answer().read(Event(name, data))
     message, kind, code, status = expected
     told = {"message": message, "type": kind or "upstream_error", "code": code or "upstream_refused", "request_id": "r"}
-    assert json.loads(raised.value.json("r")) == {"error": told | ({"status": status} if status else {})}
+    assert json.loads(raised.value.json("r")) == {
+        "type": "error",
+        "error": told | ({"status": status} if status else {}),
+    }
 
 
 def test_an_error_is_passed_on_in_bounds_and_whole_characters() -> None:

@@ -112,6 +112,11 @@ def event(name: str, **what: object) -> None:
     _emit({"event": name, **what, "worker": os.getpid()})
 
 
+def fault(error: Exception, doing: str, request_id: str) -> None:
+    """The traceback of an exception that nothing was prepared for; `doing`: at what it came up."""
+    logger.error("a fault of the relay's while %s (request %s)", doing, request_id, exc_info=error)
+
+
 def refused(error: RelayError, request_id: str, method: str, client: str, route: str) -> None:
     """The line of a request that the relay answered itself, before it would have become a stream."""
     _emit(

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from relay import errors
 from relay.llm.usage import Excerpt
+from relay.observe import log
 from relay.observe.metrics import metrics
-from relay.stream import waiting
+from relay.stream import late_answer, waiting
 from relay.stream.drain import drain
 from relay.stream.waiting import GONE, READY, client_socket
 from relay.wire import sse
@@ -60,7 +61,7 @@ class Stream:
         "__weakref__", "_admission", "_arrived", "_beat_since", "_beating", "_began", "_broken", "_chunked", "_client",
         "_closed", "_deadline", "_excerpt", "_exchange", "_gave", "_held", "_hold_at", "_http10", "_join_next",
         "_lease", "_look_at", "_over", "_pending", "_present", "_quiet_since", "_resumed", "_settings", "_spoken",
-        "_start_response", "_started", "_step", "_task", "_tracker", "_waiter", "_watch", "_writes", "failure",
+        "_start_response", "_started", "_step", "_task", "_told", "_tracker", "_waiter", "_watch", "_writes", "failure",
         "record",
     )  # fmt: skip
 
@@ -115,6 +116,7 @@ class Stream:
         self._waiter = waiting.waiter(client, self._check_write)
         self._broken = "client_gone"  # the end reason if the server gives up writing
         self._pending: errors.RelayError | None = None
+        self._told: late_answer.LateAnswer | None = None
         self._chunked = False  # the server frames the body in chunks, so that its end is a write of its own
         #: Where the server's socket can do so: hold what is written next until what is written after it.
         self._join_next: Callable[[], object] = _nothing if viewed else getattr(client, "join_next", _nothing)
@@ -140,6 +142,12 @@ class Stream:
         except ClientGone:
             self._end("client_gone")
             raise errors.StreamCut from None
+        except (StopIteration, errors.StreamCut):
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must not reach the server
+            # A server would answer HTML, or take an OSError for a client that went.
+            log.fault(error, "relaying", self.record.request_id)
+            data = self._fail(errors.Fault("the relay has met a fault of its own; its log says which"))
         self._gave = monotonic()
         return data
 
@@ -246,7 +254,10 @@ class Stream:
         record = self.record
         record.first_byte = now - self._began
         record.upstream_request_id = upstream_request_id(head.fields)
-        self._watch.answered(head.status, record)
+        try:
+            self._watch.answered(head.status, record)
+        except Exception as error:  # noqa: BLE001 - the stream goes on
+            log.fault(error, "noting an answer", record.request_id)
         content_type = head.fields.get("content-type", "")
         plain = head.fields.get("content-encoding", "identity").strip().lower() == "identity"
         plain_events = plain and sse.is_event_stream(content_type)
@@ -254,9 +265,10 @@ class Stream:
             self._excerpt = Excerpt()
         if self._held:
             if head.status != 200 or not plain_events:
-                raise errors.UpstreamFailed(
-                    f"the upstream answered {head.status} {head.reason} and no event stream, after the stream had begun"
-                )
+                self._deadline = now
+                self._told = late_answer.LateAnswer(head, now)
+                self._step = Stream._collect
+                return self._collect()
         else:
             headers = response_headers(
                 head.headers, head.fields, has_body=not head.framing.done, transparent=self._settings.transparent
@@ -279,6 +291,42 @@ class Stream:
         if not self._held:
             self._join_next()
         return self._observe(data)
+
+    def _collect(self) -> bytes:
+        """After a hold: read an answer that is not called an event stream, and pass it on if it is one nevertheless.
+
+        Else it is told in the error frame, with what the upstream said.
+        """
+        exchange, told = self._exchange, self._told
+        assert told is not None  # noqa: S101 - for the type checker
+        try:
+            while True:
+                wake = self._waiter.wait(min(self._deadline, told.give_up)) if exchange.empty else READY
+                if wake is GONE:
+                    raise ClientGone
+                if wake is not READY:
+                    now = monotonic()
+                    if now >= told.give_up:
+                        break
+                    beat = self._silence(now)
+                    if beat or now >= self._look_at:
+                        return beat
+                    continue
+                data = exchange.read()
+                if data is None:
+                    continue
+                self._spoken = True
+                if not told.feed(data):
+                    break
+                if told.is_events:
+                    self._excerpt = Excerpt()
+                    self._step = Stream._relay
+                    self._told = None
+                    return self._observe(told.body)
+        except errors.RelayError as error:
+            told.broken = error.message  # what came before says more than this
+        self.record.status = told.head.status
+        raise told.error()
 
     def _raise_pending(self) -> NoReturn:
         """The failure that came along with the head, once the head is out."""
@@ -444,7 +492,10 @@ class Stream:
         self._gave = now  # what the server still writes may get stuck too
         if self._excerpt is not None:
             record.usage = self._excerpt.usage()
-        self._watch.ended(record)
+        try:
+            self._watch.ended(record)
+        except Exception as error:  # noqa: BLE001 - the stream goes on
+            log.fault(error, "noting a stream's end", record.request_id)
 
     def close(self) -> None:
         """The server is done with this response, for whatever reason."""
