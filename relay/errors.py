@@ -81,6 +81,10 @@ class MethodNotAllowed(RelayError):
     status, code, type = 405, "method_not_allowed", "invalid_request_error"
 
 
+class UpgradeRequired(RelayError):
+    status, code, type = 426, "upgrade_required", "invalid_request_error"
+
+
 class BodyTooLarge(RelayError):
     status, code, type = 413, "body_too_large", "invalid_request_error"
 

@@ -14,6 +14,7 @@ import select
 import stat
 import sys
 import time
+import traceback
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,6 +24,18 @@ if TYPE_CHECKING:
     from relay.record import Record
 
 logger = logging.getLogger("relay")
+
+
+def fault(message: str, *arguments: object) -> None:
+    """Log what somebody must learn, with the exception that is being handled: on standard error where the app has
+    disabled the logger, as `dictConfig` does unless told otherwise."""
+    if logger.isEnabledFor(logging.ERROR):
+        logger.error(message, *arguments, exc_info=sys.exc_info()[0] is not None)
+        return
+    sys.stderr.write(f"relay: {message % arguments}\n")
+    if sys.exc_info()[0] is not None:
+        traceback.print_exc()
+
 
 _encode = json.JSONEncoder(separators=(", ", ": ")).encode
 

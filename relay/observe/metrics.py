@@ -7,6 +7,7 @@ relay.gunicorn_conf makes), and whoever is asked adds them up.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from typing import TYPE_CHECKING, Any
@@ -47,12 +48,21 @@ class Metrics:
     """The relay's metrics in one process."""
 
     def __init__(self) -> None:
+        self._on = False
         try:
             import prometheus_client as prometheus
         except ModuleNotFoundError:
-            self._on = False
             return
-        self._on = True
+        try:
+            self._make(prometheus)
+        except Exception as error:  # noqa: BLE001 - older than 0.18, or not itself: no reason to fail a request
+            logging.getLogger("relay").warning(
+                "there are no metrics: prometheus_client cannot make them (%s); 0.18 can", error
+            )
+        else:
+            self._on = True
+
+    def _make(self, prometheus: Any) -> None:
         counter, gauge, histogram = prometheus.Counter, prometheus.Gauge, prometheus.Histogram
         mount = ["mount"]
         self._open = gauge("relay_open_streams", "Streams open now.", mount, multiprocess_mode="livesum")

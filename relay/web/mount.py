@@ -23,6 +23,8 @@ from relay.upstream.health import Health
 from relay.wire.headers import RequestHeaders, check_field
 
 if TYPE_CHECKING:
+    from flask import Flask
+
     from relay.settings import Settings
 
 _DEFAULT_STREAMS = 900
@@ -70,6 +72,7 @@ class Mount:
             settings.transparent and not settings.cors_origins and not self.own_credentials and request_headers is None
         )
         self._on_end = on_end
+        self._beside: bool | None = None  # known once the app has its rules: at the first request
         self.wants_model = on_end is not None  # the record of a stream names model and tenant only for the hook
         #: A chat request goes upstream in Anthropic's shape and not in OpenAI's.
         self.speaks_anthropic = any(name.lower() == "anthropic-version" for name, _ in settings.upstream_headers)
@@ -112,6 +115,18 @@ class Mount:
         shared = Leases(self._store, self.name, most) if self._store is not None and most else None
         return Admission(min(wanted, streams_that_files_allow()), most, shared)
 
+    def beside(self, app: Flask) -> bool:
+        """Whether the app has rules of its own that may know paths below the mount."""
+        if self._beside is None:
+            ours = f"{self.name}."
+            mine = [rule.rule for rule in app.url_map.iter_rules(f"{self.name}.relay")]
+            prefix = min(mine, key=len).partition("<")[0]
+            known = (r.rule.partition("<") for r in app.url_map.iter_rules() if not r.endpoint.startswith(ours))
+            self._beside = not self.service and any(
+                fixed.startswith(prefix) or (variable and prefix.startswith(fixed)) for fixed, variable, _ in known
+            )
+        return self._beside
+
     def call_hook(self) -> dict[str, str]:
         """The headers that the shop's hook sets for this call. Raises ValueError for one that cannot be sent."""
         headers: dict[str, str] = {}
@@ -141,7 +156,7 @@ class Mount:
             try:
                 self._on_end(record)
             except Exception:  # noqa: BLE001 - the shop's own code; it harms nothing but the log
-                log.logger.exception("on_end failed for request %s", record.request_id)
+                log.fault("on_end failed for request %s", record.request_id)
 
 
 def _store(url: str) -> Store:

@@ -56,8 +56,49 @@ def deferred(begin: Callable[[Any, Callable[..., Any]], Iterable[bytes]]) -> Res
         deferred = _deferred_classes[base] = type("RelayedResponse", (_Deferred, base), {})
     response: Response = deferred()
     response.headers.clear()
+    response.headers["Content-Type"] = "application/octet-stream"  # for hooks that look; the upstream's goes out
+    request.environ["relay.deferred"] = True
     response.relay_begin = begin  # type: ignore[attr-defined]
     return response
+
+
+def not_replaced(response: Response) -> Response:
+    """After all hooks of the app's: an error for a stream that one of them has replaced by some other success."""
+    if (
+        request.environ.pop("relay.deferred", None)
+        and not isinstance(response, _Deferred)
+        and response.status_code < 400
+    ):
+        known_as = request_id()
+        log.fault(
+            "an after_request hook has replaced the relay's response by one of its own, for request %s; the upstream "
+            "was not called. The hook must return the response that it was given.",
+            known_as,
+        )
+        error = errors.RelayError("the app has replaced the relay's response; its log says more")
+        return Response(error.json(known_as), status=error.status, content_type="application/json")
+    return response
+
+
+#: What a hook of the app's says of the placeholder's bytes is not said of the upstream's.
+_OF_THE_BYTES = frozenset(
+    {
+        "accept-ranges",
+        "connection",
+        "content-digest",
+        "content-encoding",
+        "content-length",
+        "content-md5",
+        "content-range",
+        "content-type",
+        "digest",
+        "etag",
+        "last-modified",
+        "repr-digest",
+        "trailer",
+        "transfer-encoding",
+    }
+)
 
 
 def complete(headers: Headers, of_the_shop: Headers, request_id: str) -> Headers:
@@ -68,7 +109,7 @@ def complete(headers: Headers, of_the_shop: Headers, request_id: str) -> Headers
     ours = {name.lower() for name, _ in SANDBOX}
     if any(name == "X-Accel-Buffering" for name, _ in headers):
         ours |= {"x-accel-buffering", "cache-control"}
-    theirs = {"content-type", "content-length"}
+    theirs = set(_OF_THE_BYTES)
     if of_the_shop and any(name.lower() == "retry-after" for name, _ in headers):
         theirs.add("retry-after")  # a rate limiter of the shop's puts one on every answer
     shop = [pair for pair in of_the_shop if pair[0].lower() not in ours | theirs]

@@ -6,7 +6,9 @@ import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from flask import Response, request
+from flask import Response, current_app, request
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
+from werkzeug.routing import RequestRedirect
 
 from relay import errors
 from relay.stream import ticks
@@ -24,6 +26,10 @@ _FREE_GET = re.compile(r"models(?:/[^/]*)?")
 
 def relay_request(mount: Mount, rest: str) -> Response:
     """Check the request, read it whole, and answer with a stream that starts when Flask's contexts are gone."""
+    if rest == "_relay" or rest.startswith("_relay/"):
+        raise errors.NotFound("the relay serves nothing at this path, and what is below _relay/ never goes upstream")
+    if mount.beside(current_app):
+        leave_to_the_app(rest)
     settings = mount.settings
     call = Call(mount)
     asked, environ = call.asked, call.environ
@@ -57,6 +63,30 @@ def relay_request(mount: Mount, rest: str) -> Response:
         return calls.stream(mount, environ, exchange, record, response, start_response)
 
     return call.answer(begin)
+
+
+def leave_to_the_app(_rest: str) -> None:
+    """Raise the app's 405 if a rule of the app's knows this path, by whatever method."""
+    adapter = current_app.create_url_adapter(request)
+    assert adapter is not None and request.url_rule is not None  # noqa: S101, PT018 - for the type checker
+    known = set()
+    for method in METHODS - {request.method}:
+        try:
+            rule, _ = adapter.match(method=method, return_rule=True)
+        except RequestRedirect:
+            known.add(method)
+        except HTTPException:
+            continue
+        else:
+            if rule.endpoint != request.url_rule.endpoint:
+                known.add(method)
+    if known:
+        raise MethodNotAllowed(sorted(known))
+
+
+def upgrade_request(_mount: Mount, rest: str) -> Response:  # noqa: ARG001 - the rule's
+    """A WebSocket's handshake, which clients that know HTTP too take back at this status."""
+    raise errors.UpgradeRequired("the relay speaks HTTP and no WebSocket; send the request without Upgrade")
 
 
 def ticks_request(mount: Mount) -> Response:
