@@ -208,7 +208,7 @@ def test_a_failure_is_told_where_the_logger_is_disabled(
     try:
         raise OSError("the ledger is full")
     except OSError:
-        log.fault("on_end failed for request %s", "r1")
+        log.app_fault("on_end failed for request %s", "r1")
     told = capsys.readouterr().err
     assert "on_end failed for request r1" in told
     assert "the ledger is full" in told

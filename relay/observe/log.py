@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("relay")
 
 
-def fault(message: str, *arguments: object) -> None:
+def app_fault(message: str, *arguments: object) -> None:
     """Log what somebody must learn, with the exception that is being handled: on standard error where the app has
     disabled the logger, as `dictConfig` does unless told otherwise."""
     if logger.isEnabledFor(logging.ERROR):

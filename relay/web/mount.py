@@ -156,7 +156,7 @@ class Mount:
             try:
                 self._on_end(record)
             except Exception:  # noqa: BLE001 - the shop's own code; it harms nothing but the log
-                log.fault("on_end failed for request %s", record.request_id)
+                log.app_fault("on_end failed for request %s", record.request_id)
 
 
 def _store(url: str) -> Store:

@@ -70,7 +70,7 @@ def not_replaced(response: Response) -> Response:
         and response.status_code < 400
     ):
         known_as = request_id()
-        log.fault(
+        log.app_fault(
             "an after_request hook has replaced the relay's response by one of its own, for request %s; the upstream "
             "was not called. The hook must return the response that it was given.",
             known_as,
