@@ -22,11 +22,13 @@ TABLE = [
     (errors.BodyTooLarge, 413, "body_too_large", "invalid_request_error", None, True),
     (errors.TooMany, 429, "rate_limit_exceeded", "rate_limit_error", None, True),
     (errors.Full, 503, "full", "overloaded_error", None, True),
+    (errors.Fault, 500, "relay_error", "relay_error", "relay_error", False),
     (errors.UpstreamUnreachable, 502, "upstream_unreachable", "upstream_error", "upstream_error", True),
     (errors.UpstreamFailed, 502, "upstream_error", "upstream_error", "upstream_error", False),
     (errors.UpstreamCut, 502, "upstream_cut", "upstream_error", "upstream_cut", False),
     (errors.UpstreamSaid, 502, "upstream_refused", "upstream_error", "upstream_error", False),
     (errors.ConnectTimeout, 504, "connect_timeout", "timeout_error", "connect_timeout", True),
+    (errors.SendTimeout, 504, "send_timeout", "timeout_error", "send_timeout", False),
     (errors.FirstByteTimeout, 504, "first_byte_timeout", "timeout_error", "first_byte_timeout", False),
     (errors.IdleTimeout, 504, "idle_timeout", "timeout_error", "idle_timeout", False),
     (errors.HeartbeatMissed, 408, "heartbeat_missed", "timeout_error", "client_gone", True),
@@ -46,7 +48,8 @@ def test_what_each_error_is(
     assert error.may_retry is may_retry
     assert error.headers() == ([] if may_retry else [("x-should-retry", "false")])
     assert json.loads(error.json("req-1")) == {
-        "error": {"message": "a sentence", "type": type_, "code": code, "request_id": "req-1"}
+        "type": "error",
+        "error": {"message": "a sentence", "type": type_, "code": code, "request_id": "req-1"},
     }
 
 
