@@ -444,6 +444,20 @@ def test_connect_timeout_is_504(tmp_path: Path) -> None:
             filler.close()
 
 
+def test_what_must_not_be_sent_again_has_the_status_that_is_set() -> None:
+    with Upstream() as upstream:
+        env = {
+            "RELAY_UPSTREAM_URL": upstream.base_url,
+            "RELAY_NO_RETRY_STATUS": "424",
+            "RELAY_FIRST_BYTE_TIMEOUT": "0.4",
+        }
+        with servers.gunicorn(env) as relay:
+            response = request(relay.port, "POST", "/v1" + upstream.serve(mute), [("X-Request-ID", "mute")], b"{}")
+            assert (response.status, response.header("x-should-retry")) == (424, b"false")
+            assert json.loads(response.finish().data)["error"]["code"] == "first_byte_timeout"
+            assert Rig(upstream, relay).ended("mute")["status"] == 424
+
+
 def test_first_byte_timeout_is_504_and_not_to_be_retried(hasty: Rig) -> None:
     path = hasty.upstream.serve(mute)
     response = hasty.ask(path, [("X-Request-ID", "mute")]).read_head()

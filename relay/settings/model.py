@@ -82,6 +82,7 @@ class Settings:
     write_timeout: float  # 0 is none
     heartbeat: float  # 0 is off
     hold: float  # 0 is until the first-byte timeout
+    no_retry_status: int | None  # None: each failure has its own
     max_streams: int | None  # None is not set: the worker's kind decides
     queue: float
     max_streams_per_client: int  # 0 is off

@@ -218,6 +218,13 @@ _TIMES = (
 
 _LIMITS = (
     Setting(
+        "RELAY_NO_RETRY_STATUS",
+        count(400, 599, unset=True),
+        "",
+        "status of failures that may have been billed, for SDKs that ignore `x-should-retry` (424); unset: their own",
+        none_if_unset=True,
+    ),
+    Setting(
         "RELAY_MAX_STREAMS",
         count(1, 100_000, unset=True),
         "900",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from http import HTTPStatus
+from http.client import responses
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from relay import errors
@@ -437,13 +437,13 @@ class Stream:
         begun = record.status != 0
         tracker = self._tracker
         if not begun:
-            record.status = error.status
+            record.status = (None if error.may_retry else self._settings.no_retry_status) or error.status
         self._end(error.reason or error.code)
         body = error.json(record.request_id).encode()
         if not begun:
             self._step = Stream._stop
             headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), *error.headers()]
-            self._start(error.status, HTTPStatus(error.status).phrase, headers + SANDBOX)
+            self._start(record.status, responses.get(record.status, "Failed"), headers + SANDBOX)
             return body
         self._step = Stream.cut
         if tracker is not None and tracker.at_boundary:
