@@ -241,6 +241,32 @@ def test_no_heartbeat_comes_anywhere_else(beating: Rig, headers: list[tuple[str,
     assert response.finish().data == before + sent + b"!"
 
 
+@pytest.mark.parametrize("colon", [":", "%3A"])
+def test_geminis_streams_get_neither_a_hold_nor_heartbeats(beating: Rig, colon: str) -> None:
+    """google-genai for Python takes comments for JSON. A stream beside it is held, and gets heartbeats."""
+    path = f"/v1beta/models/gemini{colon}streamGenerateContent"
+    gemini, other = beating.upstream.by_hand(path), beating.upstream.by_hand()
+
+    def three_heartbeats() -> None:
+        beside = beating.ask(other)
+        sign = beating.upstream.next(other)
+        beside.read_head().read_exactly(3 * len(HEARTBEAT))
+        sign.abort()
+        beside.close()
+
+    connection = beating.ask(gemini)
+    ex = beating.upstream.next(gemini)
+    three_heartbeats()
+    ex.head(headers=EVENTS)
+    ex.send(b"data: {}\n\n")
+    response = connection.read_head()
+    response.read_until(b"data: {}\n\n")
+    three_heartbeats()
+    ex.end()
+    body = response.finish()
+    assert (body.data, body.ended) == (b"data: {}\n\n", "clean")
+
+
 @undisturbed(0.05, tries=10)
 def test_an_upstream_that_speaks_gets_no_heartbeats_beside_it(beating: Rig) -> None:
     path = beating.upstream.by_hand()

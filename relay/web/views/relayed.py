@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from flask import Response, current_app, request
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 #: Raw paths below the mount whose GET costs nothing with any provider: the list of models, and one of them.
 _FREE_GET = re.compile(r"models(?:/[^/]*)?")
+
+#: Gemini's streams: google-genai for Python takes each comment for JSON and fails on it.
+_BEARS_NO_COMMENTS = re.compile(r"(?::|%3a)streamGenerateContent$", re.IGNORECASE)
 
 
 def relay_request(mount: Mount, rest: str) -> Response:
@@ -59,8 +63,11 @@ def relay_request(mount: Mount, rest: str) -> Response:
     headers = call.headers()
     exchange = mount.upstream.exchange(method, slash + path, query, headers, body, call.overrides(record))
 
+    if settings.heartbeat and _BEARS_NO_COMMENTS.search(path):
+        settings = replace(settings, heartbeat=0.0)  # which turns the hold off too
+
     def begin(response: Response, start_response: Callable[..., Any]) -> Iterable[bytes]:
-        return calls.stream(mount, environ, exchange, record, response, start_response)
+        return calls.stream(mount, environ, exchange, record, response, start_response, settings=settings)
 
     return call.answer(begin)
 
