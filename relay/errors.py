@@ -85,6 +85,12 @@ class UpgradeRequired(RelayError):
     status, code, type = 426, "upgrade_required", "invalid_request_error"
 
 
+class RequestTimeout(RelayError):
+    """The client was too slow with the body of its request; nothing went upstream."""
+
+    status, code, type = 408, "request_timeout", "invalid_request_error"
+
+
 class BodyTooLarge(RelayError):
     status, code, type = 413, "body_too_large", "invalid_request_error"
 

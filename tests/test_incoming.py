@@ -14,10 +14,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from relay import Relay, errors
-from relay.web.request import asks_for_events, raw_target, read_body
+from relay.gate.bodies import memory
+from relay.llm.asked import Asked, scan
+from relay.web.intake import Intake
+from relay.web.request import Wish, expected_body, raw_target, wish_for_events, without_body
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
 # --- the raw target -----------------------------------------------------------------------------------------------
 
@@ -179,6 +182,29 @@ def request_of(body: Any, method: str = "POST", **environ: Any) -> Request:
     return Request({**environ_of("/v1/x"), "REQUEST_METHOD": method, "wsgi.input": stream, **environ})
 
 
+def read_body(request: Request, limit: int) -> bytes | bytearray | None:
+    """The body as a stream gets it."""
+    bodies: list[bytes | bytearray | None] = []
+
+    def finish(body: bytes | bytearray | None) -> Generator[None, None, Any]:
+        bodies.append(body)
+        yield
+
+    expected = expected_body(request, limit)
+    if expected is None:
+        return without_body(request.method)
+    intake = Intake(request.environ, expected, 10 * limit, finish)
+    held = memory.held
+    try:
+        for _ in intake.steps():
+            assert memory.held == held + len(bodies[0] or b"")
+    finally:
+        intake.release()
+        intake.release()
+        assert memory.held == held
+    return bodies[0]
+
+
 CHUNKED: dict[str, Any] = {"HTTP_TRANSFER_ENCODING": "chunked", "wsgi.input_terminated": True}
 
 
@@ -281,6 +307,31 @@ def test_no_body(method: str, body: bytes | None) -> None:
 STREAM = b'{"model": "m", "stream": true}'
 
 
+def scanned(body: bytes, kind: str = "application/json") -> tuple[Asked, float]:
+    """What a body asks for, and the longest step of finding out, in seconds of CPU."""
+    steps, longest = scan(body, kind), 0.0
+    while True:
+        begun = time.thread_time()
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value, max(longest, time.thread_time() - begun)
+        longest = max(longest, time.thread_time() - begun)
+
+
+def asks_for_events(
+    method: str,
+    path: str,
+    accept: str,
+    body: bytes | None,
+    *,
+    query: str | None = None,
+    kind: str = "application/json",
+) -> bool:
+    wish = wish_for_events(method, path, query, accept)
+    return wish is Wish.YES or (wish is Wish.BODY and bool(body) and scanned(body or b"", kind)[0].stream)
+
+
 @pytest.mark.parametrize(
     ("method", "path", "accept", "body", "asks"),
     [
@@ -325,25 +376,113 @@ STREAM = b'{"model": "m", "stream": true}'
         pytest.param("POST", "messages", "", b'\xff{"stream": true}', False, id="not-utf-8"),
         pytest.param("POST", "messages", "", b"[" * 500_000 + b'"stream"', False, id="half-a-million-brackets"),
         pytest.param("POST", "messages", "", b'{"stream":' * 90_000, False, id="very-deep"),
-        pytest.param("POST", "messages", "", b'{"stream": true, "n": ' + b"9" * 9000 + b"}", False, id="a-huge-number"),
+        pytest.param("POST", "messages", "", b'{"stream": true, "n": ' + b"9" * 9000 + b"}", True, id="a-huge-number"),
         pytest.param("POST", "messages", "", b"", False, id="empty"),
         pytest.param("POST", "messages", "", None, False, id="none"),
     ],
 )
 def test_who_asks_for_events(method: str, path: str, accept: str, body: bytes | None, asks: bool) -> None:
-    environ = {"HTTP_ACCEPT": accept} if accept else {}
-    assert asks_for_events(request_of(b"", method, **environ), path, body) is asks
+    assert asks_for_events(method, path, accept, body) is asks
 
 
-def test_a_body_of_over_a_mebibyte_is_not_looked_into() -> None:
-    body = json.dumps({"stream": True, "input": ""}).encode()
-    padding = 1024 * 1024 - len(body)
-    fits = json.dumps({"stream": True, "input": "x" * padding}).encode()
-    over = json.dumps({"stream": True, "input": "x" * (padding + 1)}).encode()
-    assert asks_for_events(request_of(b""), "messages", fits)
-    assert not asks_for_events(request_of(b""), "messages", over)
+OTHER_WISHES = [
+    pytest.param("images/generations", None, True, id="images"),
+    pytest.param("threads/t/runs", None, True, id="run"),
+    pytest.param("threads/runs", None, True, id="thread-and-run"),
+    pytest.param("threads/t/runs/r/submit_tool_outputs", None, True, id="tool-outputs"),
+    pytest.param("v2/chat", None, True, id="cohere"),
+    pytest.param("v1/chat", None, False, id="cohere-v1"),
+    pytest.param("api/chat", None, False, id="ollama"),
+    pytest.param("api/generate", None, False, id="ollama-generate"),
+    pytest.param("model/m/invoke-with-response-stream", None, False, id="bedrock"),
+    pytest.param("model/m/converse-stream", None, False, id="bedrock-converse"),
+    pytest.param("v1beta/models/g:streamGenerateContent", "alt=sse", True, id="gemini"),
+    pytest.param("v1beta/models/g:streamGenerateContent", "alt=sse&alt=json", False, id="gemini-last-is-json"),
+    pytest.param("v1beta/models/g:streamGenerateContent", None, False, id="gemini-json"),
+    pytest.param("v1beta/models/g:generateContent", "alt=sse", False, id="gemini-whole"),
+]
+
+
+@pytest.mark.parametrize(("path", "query", "asks"), OTHER_WISHES)
+def test_who_else_asks_for_events(path: str, query: str | None, asks: bool) -> None:
+    assert asks_for_events("POST", path, "", STREAM, query=query) is asks
+
+
+@pytest.mark.parametrize("path", ["v1/chat", "api/chat", "model/m/converse-stream"])
+def test_other_streams_are_never_event_streams(path: str) -> None:
+    assert not asks_for_events("POST", path, "text/event-stream", STREAM)
+
+
+@pytest.mark.parametrize(
+    ("path", "query", "asks"),
+    [
+        ("responses/resp_1", "stream=true&starting_after=4", True),
+        ("responses/resp_1", "stream=true&stream=false", False),
+        ("responses/resp_1", None, False),
+        ("responses/resp_1/input_items", "stream=true", False),
+        ("models", "stream=true", False),
+    ],
+)
+def test_a_get_that_reads_on(path: str, query: str | None, asks: bool) -> None:
+    assert asks_for_events("GET", path, "", None, query=query) is asks
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "asks"),
+    [
+        ("audio/speech", b'{"stream_format": "sse"}', True),
+        ("audio/speech", b'{"stream_format": "audio"}', False),
+        ("audio/speech", b'{"stream_format": "sse", "stream_format": "audio"}', False),
+    ],
+)
+def test_speech(path: str, body: bytes, asks: bool) -> None:
+    assert asks_for_events("POST", path, "", body) is asks
+
+
+@pytest.mark.parametrize(("value", "asks"), [(b"true", True), (b"false", False), (b"1", False)])
+def test_a_part_of_a_form_asks(value: bytes, asks: bool) -> None:
+    file = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + bytes(200_000) + b"\r\n"
+    body = file + b'--b\r\nContent-Disposition: form-data; name="stream"\r\n\r\n' + value + b"\r\n--b--\r\n"
+    kind = "multipart/form-data; boundary=b"
+    assert asks_for_events("POST", "audio/transcriptions", "", body, kind=kind) is asks
+
+
+MIB = 1024 * 1024
+LONG = [
+    pytest.param(b'{"input": "' + b"A" * 30 * MIB + b'", "stream": true}', True, id="picture"),
+    pytest.param(b'{"input": "' + b"abc\\n de" * 2 * MIB + b'", "stream": true}', True, id="escapes"),
+    pytest.param(b'{"input": [' + b"1.25," * 4 * MIB + b'1], "stream": true}', True, id="numbers"),
+    pytest.param(b'[{"stream":true,"":0}' + b',{"":0}' * 4 * MIB + b"]", False, id="objects"),
+    pytest.param(b'{"stream":true,"x":' + b"[" * 20 * MIB, False, id="depth"),
+    pytest.param(b'{"stream":true,"x":' + b" " * 20 * MIB + b"1}", False, id="white-space"),
+]
+
+
+@pytest.mark.parametrize(("body", "asks"), LONG)
+def test_a_long_body_is_scanned_in_short_steps(body: bytes, asks: bool) -> None:
+    said, longest = scanned(body)
+    assert said.stream is asks
+    assert longest < 0.25  # of CPU, where parsing one of these takes seconds
 
 
 @given(st.binary(max_size=60).map(lambda junk: b'{"stream"' + junk))
 def test_no_body_is_an_error_of_the_relays(body: bytes) -> None:
-    assert asks_for_events(request_of(b""), "messages", body) in (True, False)
+    assert scanned(body)[0].stream in (True, False)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats(allow_nan=False) | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.sampled_from(["stream", "model"]), inner),
+        max_leaves=10,
+    )
+)
+def test_it_says_what_a_parser_says(value: object) -> None:
+    said, _ = scanned(json.dumps(value).encode())
+    if isinstance(value, dict):
+        assert said.stream is (value.get("stream") is True)
+        model = value.get("model")
+        if said.fault is None:
+            assert said.model == (model if isinstance(model, str) else None)
+        else:
+            assert isinstance(model, (dict, bool, float))

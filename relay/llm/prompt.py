@@ -49,7 +49,7 @@ class Prompt:
     pace: Pace
 
     @classmethod
-    def of_body(cls, body: bytes | None, query: Mapping[str, str], default_model: str) -> Prompt:
+    def of_body(cls, body: bytes | bytearray | None, query: Mapping[str, str], default_model: str) -> Prompt:
         """Read it from a POST's body; how it is paced may stand in the query too. Raises BadRequest."""
         try:
             said = json.loads(body or b"")

@@ -89,6 +89,7 @@ class Settings:
     rate_limit: str | None
     limits_url: str
     max_body: int
+    body_memory: int
     buffer: int
     health_path: str  # without a leading slash
     health_ttl: float

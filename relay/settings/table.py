@@ -252,6 +252,12 @@ _LIMITS = (
         secret=True,
     ),
     Setting("RELAY_MAX_BODY", size(1, 16 * _GIB), "32MiB", "request body; 413 beyond it"),
+    Setting(
+        "RELAY_BODY_MEMORY",
+        size(1, 256 * _GIB),
+        "256MiB",
+        "all request bodies that a worker holds at once, at least RELAY_MAX_BODY; 503 beyond it",
+    ),
     Setting("RELAY_BUFFER", size(_KIB, _GIB), "256KiB", "most upstream bytes held for one slow client"),
 )
 

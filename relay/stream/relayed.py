@@ -20,19 +20,23 @@ from relay.observe.metrics import metrics
 from relay.stream import late_answer, waiting
 from relay.stream.drain import drain
 from relay.stream.waiting import GONE, READY, client_socket
+from relay.upstream.exchange import Exchange
 from relay.wire import sse
 from relay.wire.headers import SANDBOX, UNBUFFERED, response_headers, upstream_request_id
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from relay.gate.slots import Admission, Lease
     from relay.record import Record
     from relay.settings import Settings
-    from relay.upstream.exchange import Exchange
     from relay.wire.http1 import Head
 
 Headers = list[tuple[str, str]]
 monotonic = time.monotonic
 _NEVER = float("inf")
+#: Seconds between two looks at a request body that is being read.
+_LOOK_AT_UPLOADS = 1.0
 #: A write that has lasted so many seconds waits for the client.
 _PAUSED = 0.1
 #: Seconds from the last bytes to a cut. Browsers throw away what a page has not read yet when a connection breaks.
@@ -41,6 +45,30 @@ _TO_READ = 0.25
 
 class ClientGone(Exception):
     """The client has left: there is nobody to tell."""
+
+
+class Intake(Protocol):
+    """What prepares the exchange of a stream that has its slot: it reads the request's body, which may take long."""
+
+    exchange: Exchange  # once `steps` has ended
+    reading: bool  # it waits for the client's bytes
+    received: int  # bytes so far
+    uploads: bool  # there is a body to read
+
+    def start(self, now: float) -> None:
+        """Start the clocks of the upload (monotonic seconds)."""
+
+    def overdue(self, now: float) -> bool:
+        """Whether the clocks have given up the upload. Called from another thread or greenlet while it reads."""
+
+    def stop(self, error: errors.RelayError) -> None:
+        """What to raise when the reading ends early."""
+
+    def steps(self) -> Iterator[None]:
+        """Prepare the exchange; each step ends where other streams should get their turn. Raises RelayError."""
+
+    def release(self) -> None:
+        """The body is no longer held in memory. Idempotent."""
 
 
 class Watch(Protocol):
@@ -59,15 +87,15 @@ class Stream:
     # Beyond 30 attributes CPython gives each instance a whole dict of its own, which is slower and takes 2 KiB more.
     __slots__ = (
         "__weakref__", "_admission", "_arrived", "_beat_since", "_beating", "_began", "_broken", "_chunked", "_client",
-        "_closed", "_deadline", "_excerpt", "_exchange", "_gave", "_held", "_hold_at", "_http10", "_join_next",
-        "_lease", "_look_at", "_over", "_pending", "_present", "_quiet_since", "_resumed", "_settings", "_spoken",
-        "_start_response", "_started", "_step", "_task", "_told", "_tracker", "_waiter", "_watch", "_writes", "failure",
-        "record",
+        "_closed", "_deadline", "_excerpt", "_exchange", "_gave", "_held", "_hold_at", "_http10", "_intake",
+        "_join_next", "_lease", "_look_at", "_over", "_pending", "_present", "_quiet_since", "_resumed", "_settings",
+        "_spoken", "_start_response", "_started", "_step", "_task", "_told", "_tracker", "_waiter", "_watch", "_writes",
+        "failure", "record",
     )  # fmt: skip
 
     def __init__(
         self,
-        exchange: Exchange,
+        exchange: Exchange | Intake,
         record: Record,
         settings: Settings,
         start_response: Callable[..., Any],
@@ -80,10 +108,15 @@ class Stream:
         closed: Callable[[], None],
         viewed: bool = False,
     ) -> None:
-        """`client`: the client's socket or None. `present` completes the headers of a response of some status. `watch`
+        """`exchange`: the request upstream, or what makes it once there is a slot.
+
+        `client`: the client's socket or None. `present` completes the headers of a response of some status. `watch`
         is told of what becomes of it; `closed` is called when the server is done with the response. `viewed`: the
         server gets something else than these bytes (relay.textview)."""
-        self._exchange = exchange
+        self._intake: Intake | None = None if isinstance(exchange, Exchange) else exchange
+        self._exchange: Exchange  # once it is prepared
+        if isinstance(exchange, Exchange):
+            self._exchange = exchange
         self.record = record
         self._settings = settings
         self._start_response = start_response
@@ -162,6 +195,8 @@ class Stream:
                 raise self._admission.full()
             if self._waiter.wait(min(give_up, drain.at)) is GONE:
                 raise ClientGone
+        if self._intake is not None:
+            self._exchange = self._take_in(self._intake)
         self.record.admitted = True
         metrics().opened(self.record.mount)
         self._started = monotonic()  # the clocks are the upstream's
@@ -169,11 +204,39 @@ class Stream:
         self._step = Stream._open
         return self._open()
 
+    def _take_in(self, intake: Intake) -> Exchange:
+        """Have the request's body read, and the exchange made from it."""
+        uploads = intake.uploads
+        began = monotonic()
+        if uploads:
+            intake.start(began)
+            self._waiter.attend()
+        for _ in intake.steps():
+            if self._waiter.wait(0.0) is GONE:
+                raise ClientGone
+        if uploads:
+            self._waiter.attend()
+            self._began += monotonic() - began  # times of the record are the answer's, without the upload
+        return intake.exchange
+
+    def _check_upload(self, intake: Intake) -> float:
+        """Free the server from waiting for a body that is too slow. Returns seconds, as `_check_write`."""
+        now = monotonic()
+        if now >= drain.at:
+            error = errors.Drained("the relay is restarting; the request had not come whole, and nothing went upstream")
+            error.may_retry = True
+            intake.stop(error)
+            client_socket.stop_reading(self._client)
+        elif intake.overdue(now):
+            client_socket.stop_reading(self._client)
+        return _LOOK_AT_UPLOADS
+
     def _open(self) -> bytes:
         """Have the request sent and wait for the head of the answer; meanwhile, if asked for events, hold the line."""
         exchange, waiter = self._exchange, self._waiter
         if self._task is None and not exchange.sent:
             if exchange.send_at_once():
+                self._let_go_of_body()
                 waiter.watch(exchange.sock)
             else:
                 self._task = waiter.run(exchange.send)
@@ -206,8 +269,14 @@ class Stream:
         self._task = None
         if (failure := task.failure()) is not None:
             raise failure
+        self._let_go_of_body()
         self._waiter.watch(self._exchange.sock)
         return self._exchange.answered  # before it had the whole request
+
+    def _let_go_of_body(self) -> None:
+        intake, self._intake = self._intake, None
+        if intake is not None:
+            intake.release()
 
     def _has_answered(self) -> bool:
         """Look before a clock is believed: this process may have stood still until it had passed."""
@@ -486,7 +555,9 @@ class Stream:
             if not self._task.finished:
                 self._waiter.abort(self._task)
         self._waiter.unwatch()
-        self._exchange.close()
+        if hasattr(self, "_exchange"):
+            self._exchange.close()
+        self._let_go_of_body()
         if self._lease is not None:
             self._lease.release()
         self._gave = now  # what the server still writes may get stuck too
@@ -541,6 +612,10 @@ class Stream:
         """What the list of open streams says of it: no address, key or prompt. Ages are seconds."""
         record, now = self.record, monotonic()
         state = "waiting" if record.first_byte is None else "reading"
+        intake = self._intake
+        uploads = intake is not None and intake.reading
+        if uploads:
+            state = "uploading"
         if self._gave >= self._resumed and now - self._gave >= _PAUSED:
             state = "paused"
         return {
@@ -548,7 +623,7 @@ class Stream:
             "age_s": round(now - self._began, 1),
             "state": state,
             "events": self._tracker.events if self._tracker is not None else 0,
-            "bytes": record.bytes,
+            "bytes": intake.received if intake is not None and uploads else record.bytes,
             "mount": record.mount,
             "model": record.model,
             "worker": os.getpid(),
@@ -562,6 +637,8 @@ class Stream:
 
     def _check_write(self) -> float:
         """Free the server from a write that is stuck. Gives the seconds until it wants to look again."""
+        if self._intake is not None and self._intake.reading:
+            return self._check_upload(self._intake)
         if self._gave >= self._resumed and self._writes.stuck(self._gave):
             self._broken = "write_timeout"
             client_socket.break_off(self._client)

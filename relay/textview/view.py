@@ -79,6 +79,11 @@ class TextView:
         self._silent_since = now  # no text since then
         self._spoke = False  # the server has been given something
 
+    def set_pace(self, pace: Pace) -> None:
+        """For a pace that is known only once the request's body was read; before any text has come."""
+        self._events = TextEvents(pace)
+        self._interval = 1 / pace.events_per_second if pace.events_per_second else 0.0
+
     def __iter__(self) -> TextView:
         return self
 

@@ -67,13 +67,14 @@ class Upstream:
         rest: str,
         query: str | None,
         headers: list[tuple[str, str]],
-        body: bytes | None,
+        body: bytes | bytearray | None,
         overrides: Mapping[str, str] | None = None,
     ) -> Exchange:
         """A request that has not been sent yet.
 
         `rest` and `query` are what stands below the mount, raw (latin-1 text). `headers` are the client's that may
-        pass. `body` None: no body and no Content-Length. `overrides` are set in place of anything else. Raises
+        pass. `body` None: no body and no Content-Length; a bytearray is taken over.
+        `overrides` are set in place of anything else. Raises
         ValueError for one that cannot be sent as it is.
         """
         target = join(self._base_path, rest, query, self._query)
@@ -94,6 +95,9 @@ class Upstream:
         if body is not None:
             lines.append(f"Content-Length: {len(body)}")
         head = "\r\n".join([*lines, "\r\n"]).encode("latin-1")
+        if isinstance(body, bytearray):
+            body[:0] = head  # in place: a body of 32 MiB is not held twice
+            return Exchange(self, method, body)
         return Exchange(self, method, head + body if body else head)
 
     # Connections, for an exchange (relay.upstream.exchange.Sender).

@@ -72,10 +72,10 @@ class Exchange:
         "connected", "empty", "head", "method", "sent_at", "sock", "wire",
     )  # fmt: skip
 
-    def __init__(self, upstream: Sender, method: str, wire: bytes) -> None:
+    def __init__(self, upstream: Sender, method: str, wire: bytes | bytearray) -> None:
         self._upstream = upstream
         self.method = method
-        self.wire: bytes | None = wire  # the request as it goes out
+        self.wire: bytes | bytearray | None = wire  # the request as it goes out
         self.connected = False  # a connection stands, and the request is on its way or sent
         self.head: http1.Head  # once read_head has said so
         self._answered = False
@@ -153,7 +153,7 @@ class Exchange:
         # The plain socket beneath gevent's, which would only add its own way of waiting; TLS needs the whole of it.
         self._recv = self.sock.recv if self._upstream.tls else getattr(self.sock, "_sock", self.sock).recv
 
-    def _write(self, wire: bytes, patience: float) -> None:
+    def _write(self, wire: bytes | bytearray, patience: float) -> None:
         """Send all of it, unless the answer comes before. Raises SendTimeout when the upstream takes nothing for
         `patience` seconds, and UpstreamFailed when it hangs up."""
         sock = self.sock

@@ -17,6 +17,7 @@ from relay.observe.metrics import metrics
 from relay.settings import Settings
 from relay.web import cors
 from relay.web.mount import EndHook, HeadersHook, Mount
+from relay.web.request import remember_body
 from relay.web.routes import MOUNTED, check, routes
 from relay.web.views import answers, relayed, state
 from relay.wire.target import METHODS
@@ -164,6 +165,7 @@ class Relay:
 
 def _blueprint(name: str, parts: Collection[str]) -> Blueprint:
     blueprint = Blueprint(name, __name__)
+    blueprint.url_value_preprocessor(remember_body)
     for rule, view in (("health", state.health), ("health/live", state.live), ("health/ready", state.ready)):
         endpoint = rule.replace("/", "_")
         blueprint.add_url_rule(f"/_relay/{rule}", endpoint, _at(name, endpoint, view), methods=["GET"])

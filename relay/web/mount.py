@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from relay.gate.keys import ClientKeys, is_google
 from relay.gate.rates import Rates
@@ -71,6 +72,7 @@ class Mount:
         self.leaves_cors = (
             settings.transparent and not settings.cors_origins and not self.own_credentials and request_headers is None
         )
+        self.body_memory = max(settings.body_memory, settings.max_body)  # or one of that size would never pass
         self._on_end = on_end
         self._beside: bool | None = None  # known once the app has its rules: at the first request
         self.wants_model = on_end is not None  # the record of a stream names model and tenant only for the hook
@@ -82,6 +84,12 @@ class Mount:
     def without_heartbeats(self) -> Settings:
         """The settings of a stream whose heartbeats somebody else sends."""
         return replace(self.settings, heartbeat=0.0, hold=0.0)
+
+    @cached_property
+    def upstream_path(self) -> str:
+        """The path of the upstream's URL, as what a relayed path begins with: `v1/`, or nothing."""
+        path = urlsplit(self.settings.upstream_url or "").path.strip("/")
+        return f"{path}/" if path else ""
 
     @cached_property
     def upstream(self) -> Upstream:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import enum
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, unquote_to_bytes
+from urllib.parse import parse_qsl, quote, unquote_to_bytes
 
-from werkzeug.exceptions import RequestEntityTooLarge
+from flask import request
 
 from relay import errors
 from relay.wire import sse, target
@@ -16,11 +17,16 @@ from relay.wire import sse, target
 if TYPE_CHECKING:
     from flask import Request
 
-#: Where a POST with `"stream": true` in its JSON is answered with an event stream: the paths of OpenAI's and
-#: Anthropic's APIs, whatever stands before them (Azure's deployments).
-_STREAMING_PATHS = ("/chat/completions", "/completions", "/responses", "/messages")
-#: A larger body is not looked into.
-_MOST_JSON = 1024 * 1024
+#: Where a POST that says `stream` (or, for speech, `stream_format`) is answered with an event stream: the paths of
+#: OpenAI's, Anthropic's and Cohere's APIs, whatever stands before them (Azure's deployments).
+_STREAMING_PATHS = (
+    "/chat/completions", "/completions", "/responses", "/messages", "/images/generations", "/images/edits", "/runs",
+    "/submit_tool_outputs", "/v2/chat", "/audio/speech", "/audio/transcriptions", "/audio/translations",
+)  # fmt: skip
+#: Where `stream` means another kind of stream, lines of JSON or binary messages: Ollama, Cohere's first API, Bedrock.
+_OTHER_STREAMS = ("/api/chat", "/api/generate", "/v1/chat", "/invoke-with-response-stream", "/converse-stream")
+#: A GET that reads on in a stream that runs already.
+_RESUMED = re.compile(r"/responses/[^/]+$")
 #: Methods whose missing body is announced as empty (RFC 9110 section 8.6), as some servers insist on a length.
 _WITH_BODY = frozenset(["POST", "PUT", "PATCH"])
 #: What stands for one byte of a decoded path.
@@ -53,115 +59,125 @@ def raw_target(environ: dict[str, Any], rest: str) -> tuple[str, str | None]:
     return quote(below.encode("latin-1"), safe="/:@!$&'()*+,;=~-._"), query_string or None
 
 
-def read_body(request: Request, limit: int) -> bytes | None:
-    """The whole request body; None if the request has none.
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """A body that is still to be read."""
 
-    Raises BodyTooLarge above `limit` bytes, and BadRequest if the client sent less than it announced: half a request
-    must never go upstream.
+    length: int | None  # bytes; None: it comes in chunks
+    most: int  # bytes; more are refused
+    setting: str  # what says so
+
+    def too_large(self) -> errors.BodyTooLarge:
+        return errors.BodyTooLarge(f"the request body is over {self.most} bytes ({self.setting})")
+
+    def cut(self) -> errors.BadRequest:
+        return errors.BadRequest("the request body ended before it was complete", code="truncated_body")
+
+
+def expected_body(request: Request, max_body: int, setting: str = "RELAY_MAX_BODY") -> Expected | None:
+    """The body that the request announces; None if it has none. The app's MAX_CONTENT_LENGTH counts if it is smaller.
+
+    Raises BodyTooLarge, and BadRequest for a length that is malformed or missing.
     """
     environ = request.environ
-    announced = environ.get("CONTENT_LENGTH")
+    announced = str(environ.get("CONTENT_LENGTH") or "")
     chunked = "chunked" in str(environ.get("HTTP_TRANSFER_ENCODING", "")).lower()
     if not announced and not chunked:
-        return b"" if request.method in _WITH_BODY else None
-    too_large = errors.BodyTooLarge(f"the request body is over {limit} bytes (RELAY_MAX_BODY)")
-    cut = errors.BadRequest("the request body ended before it was complete", code="truncated_body")
-    if chunked and "wsgi.input_terminated" not in environ:
-        raise errors.BadRequest("this server takes no request body without Content-Length", code="length_required")
-    if announced and not chunked:
-        if not (announced.isascii() and announced.isdigit()):
-            raise errors.BadRequest("the request's Content-Length is malformed")
-        if len(announced) > 18 or int(announced) > limit:
-            raise too_large
-    body = b""
-    try:
-        if announced and not chunked:
-            body = environ["wsgi.input"].read(int(announced))
-        if not body:
-            # In chunks, or read before by somebody else, who has kept it. Werkzeug stops reading at its limit without a
-            # word where the server marks the end of the body: leave it one byte by which to see more.
-            request.max_content_length = limit + 1
-            body = request.get_data(cache=False)
-    except RequestEntityTooLarge:
-        raise too_large from None
-    except Exception:  # noqa: BLE001 - each server has its own for a body that is cut or ill framed
-        raise cut from None
-    if len(body) > limit:
-        raise too_large
-    if announced and not chunked and len(body) != int(announced):
-        raise cut
-    return body
+        return None
+    most = max_body
+    of_app = request.max_content_length
+    if of_app is not None and of_app < most:
+        most, setting = of_app, "the app's MAX_CONTENT_LENGTH"
+    if chunked:
+        if "wsgi.input_terminated" not in environ:
+            raise errors.BadRequest("this server takes no request body without Content-Length", code="length_required")
+        return Expected(None, most, setting)
+    if not (announced.isascii() and announced.isdigit()):
+        raise errors.BadRequest("the request's Content-Length is malformed")
+    if len(announced) > 18 or int(announced) > most:
+        raise Expected(None, most, setting).too_large()
+    return Expected(int(announced), most, setting)
 
 
-def check_model(request: Request, body: bytes | None, models: Collection[str]) -> Mapping[str, object] | None:
-    """Refuse a JSON object that asks for another model than these. Raises Forbidden.
+def without_body(method: str) -> bytes | None:
+    """What goes upstream of a request without a body: b"" is announced as empty."""
+    return b"" if method in _WITH_BODY else None
 
-    Gives what the body says, for `asks_for_events`; None if it is no object, such as a form or nothing. Whatever an
-    upstream could take for an object in which a model is named must be read here, however long it is: with a name
-    twice or in capitals, with ill UTF-8, compressed. What cannot be read is refused.
+
+class Remembered:
+    """In place of `wsgi.input` while the app's hooks run: what one of them reads is there for the relay, too."""
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+        self._kept = bytearray()
+        self._again = False
+
+    def again(self) -> None:
+        """From now on read what was read before, and then the rest."""
+        self._again = True
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self._again and self._kept:
+            size = len(self._kept) if size is None or size < 0 else size
+            piece = bytes(self._kept[:size])
+            del self._kept[:size]
+            return piece
+        return self._keep(self._source.read(size))
+
+    def readline(self, size: int = -1) -> bytes:
+        return self._keep(self._source.readline(size))
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self.readline, b"")
+
+    def _keep(self, piece: bytes) -> bytes:
+        if not self._again:
+            self._kept += piece
+        return piece
+
+
+def remember_body(*_: object) -> None:
+    """For Flask's `url_value_preprocessor`, which runs before all hooks of the app."""
+    environ = request.environ
+    if environ.get("CONTENT_LENGTH") or environ.get("HTTP_TRANSFER_ENCODING"):
+        environ["wsgi.input"] = Remembered(environ["wsgi.input"])
+
+
+def body_source(environ: dict[str, Any]) -> Any:
+    """Where the whole body can be read, though a hook may have read of it already."""
+    source = environ["wsgi.input"]
+    if isinstance(source, Remembered):
+        source.again()
+    return source
+
+
+class Wish(enum.Enum):
+    """Whether the answer to a request is sure to be an event stream, should it succeed."""
+
+    YES = enum.auto()
+    NO = enum.auto()
+    BODY = enum.auto()  # if its body says so
+
+
+def wish_for_events(method: str, path: str, query: str | None, accept: str) -> Wish:
+    """What the request says of it without its body. Only if it is sure may the relay answer before the upstream has.
+
+    `path` is the upstream's, raw; `query` is raw.
     """
-    if not body:
-        return None
-    if request.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
-        raise _unreadable("is compressed")
-    encoding = json.detect_encoding(body)
-    if encoding == "utf-8" and not body.lstrip().startswith(b"{"):
-        return None
-    text = body.decode(encoding, "replace").lstrip("\ufeff \t\n\r\v\f")
-    if not text.startswith("{"):
-        return None
-    try:
-        pairs = json.loads(text, object_pairs_hook=list)  # a dict would keep only the last of a name
-    except (ValueError, RecursionError):
-        raise _unreadable("is no sound JSON") from None
-    if any(name.lower() == "model" and not _among(model, models) for name, model in pairs):
-        raise errors.Forbidden(
-            "the model is not among those that this relay serves (RELAY_MODELS)", code="model_not_allowed"
-        )
-    return dict(pairs)
-
-
-def check_named(model: str, models: Collection[str]) -> None:
-    """Refuse another model than these. Raises Forbidden."""
-    if model not in models:
-        raise errors.Forbidden(
-            "the model is not among those that this relay serves (RELAY_MODELS)", code="model_not_allowed"
-        )
-
-
-def _among(model: object, models: Collection[str]) -> bool:
-    return model is None or (isinstance(model, str) and model in models)
-
-
-def _unreadable(why: str) -> errors.Forbidden:
-    return errors.Forbidden(
-        f"the body {why}, so that the relay cannot tell which model it asks for (RELAY_MODELS)",
-        code="model_not_allowed",
-    )
-
-
-def asks_for_events(request: Request, path: str, body: bytes | None, said: Mapping[str, object] | None = None) -> bool:
-    """Whether the answer to this request is sure to be an event stream, should it succeed.
-
-    Only then may the relay answer before the upstream has. `path` is the raw path below the mount, `said` what the
-    body says if somebody has read it.
-    """
-    accepts = {item.partition(";")[0].strip().lower() for item in request.headers.get("Accept", "").split(",")}
+    accepts = {item.partition(";")[0].strip().lower() for item in accept.split(",")}
+    path = f"/{path}"
+    if path.endswith(_OTHER_STREAMS):
+        return Wish.NO
     if sse.MEDIA_TYPE in accepts:
-        return "application/json" not in accepts
-    if request.method != "POST" or not f"/{path}".endswith(_STREAMING_PATHS):
-        return False
-    if not body or len(body) > _MOST_JSON or b'"stream"' not in body:
-        return False
-    return (says(body) if said is None else said).get("stream") is True
+        return Wish.NO if "application/json" in accepts else Wish.YES
+    if method == "GET" and _RESUMED.search(path):
+        return Wish.YES if _last(query, "stream") == "true" else Wish.NO
+    if method != "POST":
+        return Wish.NO
+    if path.endswith(":streamGenerateContent"):
+        return Wish.YES if _last(query, "alt") == "sse" else Wish.NO
+    return Wish.BODY if path.endswith(_STREAMING_PATHS) else Wish.NO
 
 
-def says(body: bytes | None) -> Mapping[str, object]:
-    """What a JSON object of at most 1 MiB says; nothing if the body is something else."""
-    if not body or len(body) > _MOST_JSON:
-        return {}
-    try:
-        said = json.loads(body)
-    except (ValueError, RecursionError):  # the second from ten thousand brackets
-        return {}
-    return said if isinstance(said, dict) else {}
+def _last(query: str | None, name: str) -> str | None:
+    return dict(parse_qsl(query or "")).get(name)

@@ -69,6 +69,9 @@ class Waiter(Protocol):
     def abort(self, task: Task) -> None:
         """End that work where it blocks, as far as that is possible."""
 
+    def attend(self) -> None:
+        """From now on `tick` is called although nobody waits; the client's going is noticed although it has sent."""
+
     def watch(self, upstream: Any) -> None:
         """From now on `wait` ends when this socket is readable."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _socket
 import fcntl
 import socket
 import ssl
@@ -48,6 +49,15 @@ def break_off(client: Any) -> None:
     close_with_reset(client)
     try:
         client.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass
+
+
+def stop_reading(client: Any) -> None:
+    """End the wait of whoever reads from the client: no more bytes come. What is written to it still goes out."""
+    try:
+        # Not by the method of a TLS socket, which would write in plain text from then on, nor by gevent's.
+        _socket.socket.shutdown(getattr(client, "_sock", client), socket.SHUT_RD)
     except OSError:
         pass
 

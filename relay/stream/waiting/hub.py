@@ -31,6 +31,7 @@ class HubWaiter:
         "_hub",
         "_read",
         "_reading",
+        "_socket",
         "_tick",
         "_timer",
         "_timer_at",
@@ -50,6 +51,7 @@ class HubWaiter:
         self._woken = False
         self._gone = False
         self._client: Any = None
+        self._socket = client
         if watchable(client):
             self._client = self._hub.loop.io(client.fileno(), _READ)
             self._client.start(self._client_readable, client)
@@ -63,6 +65,11 @@ class HubWaiter:
         """End it in a name look-up, a connect, a TLS handshake or a send."""
         if isinstance(task, _GreenletTask):
             task.greenlet.kill(block=False)
+
+    def attend(self) -> None:
+        if self._client is not None and not self._gone and not self._client.active:
+            self._client.start(self._client_readable, self._socket)
+        self._arm(time.monotonic() + self._tick())
 
     def watch(self, upstream: Any) -> None:
         self._read = self._hub.loop.io(upstream.fileno(), _READ)
@@ -114,7 +121,7 @@ class HubWaiter:
             if watcher is not None:
                 watcher.stop()
                 watcher.close()
-        self._client = self._read = self._timer = None
+        self._client = self._read = self._timer = self._socket = None
         self._tick = _done
         self._timer_at = -_NEVER
 

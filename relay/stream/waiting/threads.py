@@ -24,7 +24,7 @@ class ThreadWaiter:
     """A Waiter for servers with a thread for each request."""
 
     def __init__(self, client: Any, tick: Callable[[], float]) -> None:
-        self._client = client if watchable(client) else None
+        self._client = self._watched = client if watchable(client) else None
         self._tick = tick
         self._event = threading.Event()
         self._poll: select.poll | None = None
@@ -40,6 +40,9 @@ class ThreadWaiter:
 
     def abort(self, task: Task) -> None:
         """A thread cannot be ended from outside: closing its socket wakes it, its own time limits do the rest."""
+
+    def attend(self) -> None:
+        self._client = self._watched
 
     def watch(self, upstream: Any) -> None:
         self._poll = select.poll()
@@ -93,7 +96,7 @@ class ThreadWaiter:
 
     def close(self) -> None:
         _watchdog.discard(self)
-        self._poll = self._client = None
+        self._poll = self._client = self._watched = None
         self._tick = _done
 
     def look(self) -> float:

@@ -19,6 +19,7 @@ from relay.wire.target import allows
 
 if TYPE_CHECKING:
     from relay.settings import Settings
+    from relay.stream.relayed import Intake
     from relay.upstream.exchange import Exchange
     from relay.web.mount import Mount
 
@@ -69,11 +70,7 @@ class Call:
 
     def permit(self, method: str, path: str) -> None:
         """Raises Forbidden if this must not be called upstream."""
-        if not allows(self.mount.settings.allow, method, path):
-            raise errors.Forbidden(
-                f"{method} on this path is not among what this relay passes on (RELAY_ALLOW)",
-                code="path_not_allowed",
-            )
+        permit(self.mount.settings, method, path)
 
     def count(self) -> None:
         """Take it from the client's budget. Raises TooMany."""
@@ -112,10 +109,19 @@ class Call:
         return response
 
 
+def permit(settings: Settings, method: str, path: str) -> None:
+    """Raises Forbidden if this must not be called upstream."""
+    if not allows(settings.allow, method, path):
+        raise errors.Forbidden(
+            f"{method} on this path is not among what this relay passes on (RELAY_ALLOW)",
+            code="path_not_allowed",
+        )
+
+
 def stream(
     mount: Mount,
     environ: Mapping[str, Any],
-    exchange: Exchange,
+    exchange: Exchange | Intake,
     record: Record,
     response: Response,
     start_response: Callable[..., Any],

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Any
 
 from flask import Response, request
 
 from relay import errors
-from relay.llm.prompt import Prompt
+from relay.gate.models import check_named
+from relay.llm.prompt import Pace, Prompt
 from relay.observe import log
 from relay.shared import reports
 from relay.shared.reports import Presence
 from relay.textview import Head, TextView
-from relay.web.request import check_named, read_body
+from relay.web.intake import Body, Intake
+from relay.web.request import expected_body
 from relay.web.views import answers, calls
-from relay.web.views.calls import Call
+from relay.web.views.calls import Call, permit
 
 if TYPE_CHECKING:
     from relay.record import Record
@@ -28,6 +31,8 @@ _OF_THE_OLD_REQUEST = frozenset(
     "content-type content-encoding content-language content-location content-md5 content-digest repr-digest digest "
     "accept last-event-id if-match if-none-match if-modified-since if-unmodified-since if-range range".split()
 )
+#: Bytes of a prompt endpoint's body, which is parsed as a whole; a chat with pictures is for the relay itself.
+_MOST_PROMPT = 1024 * 1024
 #: Heartbeat intervals from one report of a client to the next, and the seconds if there are no heartbeats.
 _INTERVALS, _WITHOUT_HEARTBEATS = 3, 45.0
 
@@ -35,12 +40,12 @@ _INTERVALS, _WITHOUT_HEARTBEATS = 3, 45.0
 def stream_chat(mount: Mount) -> Response:
     """The chat request built for a prompt; the upstream's stream comes back as it is."""
     call = _call(mount, "POST")
-    exchange, record, _ = _exchange(call, "stream_chat", event_source=False)
+    intake, record = _intake(call, "stream_chat", event_source=False)
     record.asks_for_events = True
     environ = call.environ
 
     def begin(response: Response, start_response: Callable[..., Any]) -> Iterable[bytes]:
-        return calls.stream(mount, environ, exchange, record, response, start_response)
+        return calls.stream(mount, environ, intake, record, response, start_response)
 
     return call.answer(begin)
 
@@ -91,48 +96,62 @@ def _call(mount: Mount, *methods: str) -> Call:
     return call
 
 
-def _exchange(call: Call, route: str, *, event_source: bool) -> tuple[Exchange, Record, Prompt]:
-    """The request upstream that the client's prompt makes."""
+def _intake(
+    call: Call, route: str, *, event_source: bool, heard: Callable[[Prompt], None] | None = None
+) -> tuple[Intake, Record]:
+    """What reads the client's prompt and makes the request upstream of it; `heard` is told of the prompt."""
     mount, asked = call.mount, call.asked
     settings = mount.settings
     call.count()
-    if event_source:
-        prompt = Prompt.of_query(asked.args, settings.chat_model)
-    else:
-        prompt = Prompt.of_body(read_body(asked, settings.max_body), asked.args, settings.chat_model)
-    path, body = prompt.for_anthropic() if mount.speaks_anthropic else prompt.for_openai()
-    call.permit("POST", path)
-    if settings.models is not None:
-        check_named(prompt.model, settings.models)
+    query = asked.args
+    given = Prompt.of_query(query, settings.chat_model) if event_source else None
     headers = [pair for pair in call.headers() if pair[0].lower() not in _OF_THE_OLD_REQUEST]
     headers += [("Content-Type", "application/json"), ("Accept", "text/event-stream")]
-    record = call.record(route=route, model=prompt.model, asks_for_events=False)
-    exchange = mount.upstream.exchange("POST", f"/{path}", None, headers, body, call.overrides(record))
-    return exchange, record, prompt
+    record = call.record(route=route, model=None, asks_for_events=False)
+    overrides = call.overrides(record)
+
+    def finish(body: Body) -> Generator[None, None, Exchange]:
+        prompt = given or Prompt.of_body(body, query, settings.chat_model)
+        yield  # a long prompt has taken its time
+        path, chat = prompt.for_anthropic() if mount.speaks_anthropic else prompt.for_openai()
+        permit(settings, "POST", path)
+        if settings.models is not None:
+            check_named(prompt.model, settings.models)
+        record.model = prompt.model
+        if heard is not None:
+            heard(prompt)
+        return mount.upstream.exchange("POST", f"/{path}", None, headers, chat, overrides)
+
+    expected = None if event_source else expected_body(asked, min(settings.max_body, _MOST_PROMPT), "a prompt's bound")
+    return Intake(call.environ, expected, mount.body_memory, finish), record
 
 
 def _text(call: Call, route: str, *, event_source: bool, aware: bool = False) -> Response:
     """A prompt's answer as events of text."""
     mount, environ = call.mount, call.environ
-    exchange, record, prompt = _exchange(call, route, event_source=event_source)
-    pace = prompt.pace
+    views: list[TextView] = []
+    intake, record = _intake(
+        call, route, event_source=event_source, heard=lambda prompt: views.pop().set_pace(prompt.pace)
+    )
     within = max(_INTERVALS * mount.settings.heartbeat, 1.0) if mount.settings.heartbeat else _WITHOUT_HEARTBEATS
 
     def begin(response: Response, start_response: Callable[..., Any]) -> Iterable[bytes]:
         head = Head()
         stream = calls.stream(
-            mount, environ, exchange, record, response, head, settings=mount.without_heartbeats, viewed=True
+            mount, environ, intake, record, response, head, settings=mount.without_heartbeats, viewed=True
         )
-        return TextView(
+        view = TextView(
             stream,
             head,
             mount.settings,
-            pace,
+            Pace(),
             start_response,
             complete=lambda headers: answers.complete(headers, list(response.headers), record.request_id),
             event_source=event_source,
             presence=Presence(record.owner, within) if aware else None,
         )
+        views.append(weakref.proxy(view))
+        return view
 
     if aware:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +12,17 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from werkzeug.routing import RequestRedirect
 
 from relay import errors
+from relay.gate.models import check_models
+from relay.llm.asked import Asked, scan
 from relay.stream import ticks
-from relay.web.request import asks_for_events, check_model, raw_target, read_body, says
+from relay.web.intake import Body, Intake
+from relay.web.request import Wish, expected_body, raw_target, wish_for_events, without_body
 from relay.web.views import answers, calls
 from relay.web.views.calls import Call
 from relay.wire.target import METHODS, bad_target
 
 if TYPE_CHECKING:
+    from relay.upstream.exchange import Exchange
     from relay.web.mount import Mount
 
 #: Raw paths below the mount whose GET costs nothing with any provider: the list of models, and one of them.
@@ -29,7 +33,10 @@ _BEARS_NO_COMMENTS = re.compile(r"(?::|%3a)streamGenerateContent$", re.IGNORECAS
 
 
 def relay_request(mount: Mount, rest: str) -> Response:
-    """Check the request, read it whole, and answer with a stream that starts when Flask's contexts are gone."""
+    """Check all of the request but its body, and answer with a stream that starts when Flask's contexts are gone.
+
+    Only then is the body read, and what needs it done: nothing of the app's is kept for a client that uploads slowly.
+    """
     if rest == "_relay" or rest.startswith("_relay/"):
         raise errors.NotFound("the relay serves nothing at this path, and what is below _relay/ never goes upstream")
     if mount.beside(current_app):
@@ -49,25 +56,39 @@ def relay_request(mount: Mount, rest: str) -> Response:
     if method in ("GET", "HEAD") and mount.settings.adds_key and not _FREE_GET.fullmatch(path):
         call.paid_get()
     call.count()
-    body = read_body(asked, settings.max_body)
-    said = None if settings.models is None else check_model(asked, body, settings.models)
-    if said is None and mount.wants_model:
-        said = says(body)
-    model = None if said is None else said.get("model")
-    record = call.record(
-        route="relay",
-        model=model if isinstance(model, str) else None,
-        asks_for_events=asks_for_events(asked, path, body, said),
-    )
+    expected = expected_body(asked, settings.max_body)
+    wish = wish_for_events(method, mount.upstream_path + path, query, asked.headers.get("Accept", ""))
+    record = call.record(route="relay", model=None, asks_for_events=wish is Wish.YES)
     slash = "/" if path or environ["PATH_INFO"].endswith("/") else ""  # `/v1/` is not `/v1`
     headers = call.headers()
-    exchange = mount.upstream.exchange(method, slash + path, query, headers, body, call.overrides(record))
+    overrides = call.overrides(record)
+    models = settings.models
+    looks = models is not None or mount.wants_model
+    kind, coding = asked.content_type or "", asked.headers.get("Content-Encoding", "identity").strip().lower()
+
+    def finish(body: Body) -> Generator[None, None, Exchange]:
+        if body is None:
+            body = without_body(method)
+        if looks or (wish is Wish.BODY and body and b"stream" in body):
+            if body and coding not in ("", "identity"):
+                said = Asked().unsure("is compressed")
+            else:
+                said = yield from scan(body, kind)
+            if models is not None:
+                check_models(models, method, path, query, said)
+            if looks:
+                record.model = said.model
+            if wish is Wish.BODY:
+                record.asks_for_events = said.stream
+        return mount.upstream.exchange(method, slash + path, query, headers, body, overrides)
+
+    intake = Intake(environ, expected, mount.body_memory, finish)
 
     if settings.heartbeat and _BEARS_NO_COMMENTS.search(path):
         settings = replace(settings, heartbeat=0.0)  # which turns the hold off too
 
     def begin(response: Response, start_response: Callable[..., Any]) -> Iterable[bytes]:
-        return calls.stream(mount, environ, exchange, record, response, start_response, settings=settings)
+        return calls.stream(mount, environ, intake, record, response, start_response, settings=settings)
 
     return call.answer(begin)
 
