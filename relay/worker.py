@@ -115,6 +115,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
             self._idle.pop(client, None)
             _held.pop(client, None)
             _heads.discard(client)
+            _waiting.discard(client)
 
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
         self._idle.pop(sock, None)
@@ -122,7 +123,14 @@ class Worker(GeventWorker):  # type: ignore[misc]
         _check_coding(req)
         req.version = min(req.version, (1, 1))  # gunicorn would answer HTTP/1.2 in HTTP/1.2 (RFC 9110 section 2.5)
         _untie(req)
+        waits = getattr(req, "_expected_100_continue", False) and isinstance(sock, _Client)
+        if waits:
+            # gunicorn would ask for the body here. It is asked for once there is a slot (say_continue).
+            req._expected_100_continue = False  # noqa: SLF001
+            _waiting.add(sock)
         super().handle_request(listener_name, req, sock, addr)
+        if waits and sock in _waiting:
+            raise StopIteration  # refused without its body, which may come or not: nothing can follow here
         now = time.monotonic()
         if now >= drain.at:
             # A head that went out before the drain had no `Connection: close`; what came next here would be too late.
@@ -263,6 +271,8 @@ def _count_as(pid: int) -> None:
 
 #: The clients whose next bytes are a request's head.
 _heads: set[Any] = set()
+#: The clients that send their body once they are told to (`Expect: 100-continue`).
+_waiting: set[Any] = set()
 #: What `join_next` holds back of each client's: None while nothing has been written yet.
 _held: dict[_Client, bytes | None] = {}
 
@@ -296,6 +306,12 @@ class _Client(gevent.socket.socket):  # type: ignore[misc]
         finally:
             self.settimeout(before)
         return bytes(head)
+
+    def say_continue(self) -> None:
+        """Ask for the body of the present request, if its client waits for that."""
+        if self in _waiting:
+            _waiting.discard(self)
+            self.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def join_next(self) -> None:
         """Let the next `sendall` wait for the one after it, which comes at once: one packet, and one wake-up of the

@@ -20,6 +20,7 @@ TABLE = [
     (errors.NotFound, 404, "not_found", "invalid_request_error", None, True),
     (errors.MethodNotAllowed, 405, "method_not_allowed", "invalid_request_error", None, True),
     (errors.UpgradeRequired, 426, "upgrade_required", "invalid_request_error", None, True),
+    (errors.RequestTimeout, 408, "request_timeout", "invalid_request_error", None, True),
     (errors.BodyTooLarge, 413, "body_too_large", "invalid_request_error", None, True),
     (errors.TooMany, 429, "rate_limit_exceeded", "rate_limit_error", None, True),
     (errors.Full, 503, "full", "overloaded_error", None, True),

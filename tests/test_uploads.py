@@ -49,6 +49,12 @@ def begin_upload(port: int, announced: int, sent: int, **headers: str) -> Connec
     return connection
 
 
+def receive(connection: Connection) -> bytes:
+    """What comes next, before any head of an answer."""
+    got: bytes = connection._sock.recv(1000)
+    return got
+
+
 def code(response: Response) -> tuple[int, str]:
     return response.status, json.loads(response.finish().data)["error"]["code"]
 
@@ -103,6 +109,20 @@ def test_bodies_of_a_worker_are_bounded_together(upstream: Upstream) -> None:
                 leaver.reset() if broken else leaver.half_close()
             eventually(lambda: not open_streams(server), "the end of the upload")
         assert ask(server.port, "POST", "/v1/x", {}, bytes(2 * MIB)).status == 200
+
+
+def test_a_client_that_asks_first_is_told_to_go_on_once_it_has_a_slot(upstream: Upstream) -> None:
+    env = {"RELAY_UPSTREAM_URL": upstream.base_url, "RELAY_MAX_STREAMS_PER_CLIENT": "1"}
+    with servers.gunicorn(env) as server:
+        with begin_upload(server.port, 5, 0, Expect="100-continue") as first:
+            assert receive(first) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            with begin_upload(server.port, 5, 0, Expect="100-continue") as second:
+                assert code(second.read_head()) == (429, "too_many_streams")
+                second.wait_closed()  # what it may send now is no request
+            first.raw(b"hello")
+            assert first.read_head().status == 200
+            assert upstream.seen()[-1].body == b"hello"
+        assert ask(server.port, "POST", "/v1/x", {}, b"next").status == 200
 
 
 def test_a_restart_ends_an_upload_with_a_word(upstream: Upstream) -> None:

@@ -211,6 +211,10 @@ class Stream:
         if uploads:
             intake.start(began)
             self._waiter.attend()
+            try:
+                getattr(self._client, "say_continue", _nothing)()
+            except OSError:
+                raise ClientGone from None
         for _ in intake.steps():
             if self._waiter.wait(0.0) is GONE:
                 raise ClientGone
