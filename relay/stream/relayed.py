@@ -293,7 +293,8 @@ class Stream:
             connect_by = self._started + settings.connect_timeout
             if now >= connect_by:
                 raise errors.ConnectTimeout(
-                    f"no connection to the upstream within {settings.connect_timeout:g} s (RELAY_CONNECT_TIMEOUT)"
+                    f"no connection to {self._exchange.connecting_to} within {settings.connect_timeout:g} s "
+                    "(RELAY_CONNECT_TIMEOUT)"
                 )
             return connect_by
         answer_by = self._answer_by()

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import requests
 import urllib3
+from urllib3.util.ssltransport import SSLTransport
 
 from relay.upstream import dns
 from relay.wire import http1
@@ -76,13 +77,17 @@ class Proxy:
     authorization: str
 
 
-def proxy_of(url: str) -> Proxy:
-    """The proxy of a URL such as `http://user:password@proxy.example:3128`."""
+def proxy_of(url: str, ca: str | None = None) -> Proxy:
+    """The proxy of a URL such as `http://user:password@proxy.example:3128`. `ca`: a PEM bundle to trust besides the
+    public authorities, for proxy and upstream may be of different ones."""
     parts = urlsplit(url)
     login = ":".join(requests.utils.get_auth_from_url(url))
     basic = base64.b64encode(login.encode("utf-8")).decode("ascii")
     tls = parts.scheme == "https"
-    peer = Peer(parts.hostname or "", parts.port or (443 if tls else 80), tls_context(None, None) if tls else None)
+    context = tls_context(None, None) if tls else None
+    if context is not None and ca:
+        context.load_verify_locations(ca)
+    peer = Peer(parts.hostname or "", parts.port or (443 if tls else 80), context)
     return Proxy(peer, f"Basic {basic}" if login != ":" else "")
 
 
@@ -110,9 +115,9 @@ def connect(peer: Peer, proxy: Proxy | None, *, within: float) -> socket.socket:
     """
     deadline = time.monotonic() + within
     if proxy is None:
-        return _over_tls(_open(peer, deadline), peer, deadline)
+        return _reach(peer, deadline)
     try:
-        sock = _over_tls(_open(proxy.peer, deadline), proxy.peer, deadline)
+        sock = _reach(proxy.peer, deadline)
     except OSError as error:
         raise OfTheProxy(error) from None
     if peer.tls is None:
@@ -125,16 +130,23 @@ def connect(peer: Peer, proxy: Proxy | None, *, within: float) -> socket.socket:
 # One host's addresses.
 
 
-def _open(peer: Peer, deadline: float) -> socket.socket:
+def _reach(peer: Peer, deadline: float) -> socket.socket:
     try:
         addresses = _in_turn(dns.resolve(peer.host, peer.port))
-        sock = _first_of(addresses, deadline) if len(addresses) > 1 else _only(addresses[0], deadline)
+        sock, address = _first_of(addresses, deadline)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # requests are written whole
+        watch_peer(sock, UNACKNOWLEDGED)
+        if peer.tls is None:
+            return sock
+        began = time.monotonic()
+        try:
+            return _over_tls(sock, peer, deadline)
+        except BaseException as error:
+            _doubt(error, {address: began})
+            raise
     except BaseException:  # a caller that gave up waited for a connection, too
         dns.forget(peer.host, peer.port)
         raise
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # requests are written whole
-    watch_peer(sock, UNACKNOWLEDGED)
-    return sock
 
 
 def _in_turn(addresses: list[AddressInfo]) -> list[AddressInfo]:
@@ -148,19 +160,11 @@ def _in_turn(addresses: list[AddressInfo]) -> list[AddressInfo]:
     return sorted(mixed, key=lambda each: _dead.get(each[4], 0.0) > now)
 
 
-def _only(address: AddressInfo, deadline: float) -> socket.socket:
-    family, kind, protocol, _, name = address
-    sock = socket.socket(family, kind, protocol)
-    with _closed_on_failure(sock):
-        sock.settimeout(_left(deadline))
-        sock.connect(name)
-    return sock
-
-
-def _first_of(addresses: list[AddressInfo], deadline: float) -> socket.socket:
-    """The first of several addresses to which a connection comes about."""
+def _first_of(addresses: list[AddressInfo], deadline: float) -> tuple[socket.socket, AddressInfo]:
+    """A connection to the first of the addresses to which one comes about, and that address."""
     waiting = list(addresses)
     trying: dict[int, tuple[socket.socket, AddressInfo]] = {}
+    begun: dict[AddressInfo, float] = {}
     poller = select.poll()
     failure: OSError = TimeoutError("no address answered in time")
     try:
@@ -170,6 +174,7 @@ def _first_of(addresses: list[AddressInfo], deadline: float) -> socket.socket:
                 family, kind, protocol, _, name = address
                 sock = socket.socket(family, kind, protocol)
                 trying[sock.fileno()] = sock, address
+                begun[address] = time.monotonic()
                 sock.settimeout(0)
                 code = sock.connect_ex(name)
                 if code not in _UNDER_WAY:
@@ -177,7 +182,7 @@ def _first_of(addresses: list[AddressInfo], deadline: float) -> socket.socket:
                     continue
                 poller.register(sock.fileno(), select.POLLOUT)
             left = _left(deadline)
-            patience = min(_STAGGER, left) if waiting else left
+            patience = min(_STAGGER, left / (len(waiting) + 1))  # the last one's turn comes, however short the time
             for number, _ in poller.poll(patience * 1000):
                 sock, address = trying[number]
                 poller.unregister(number)
@@ -186,11 +191,11 @@ def _first_of(addresses: list[AddressInfo], deadline: float) -> socket.socket:
                     del trying[number]
                     _dead.pop(address[4], None)
                     _remember_dead(*(each for _, each in trying.values()))  # slower by the stagger, or gone
-                    return sock
+                    return sock, address
                 failure = _failed(trying, sock, code)
         raise failure
-    except TimeoutError:
-        _remember_dead(*(each for _, each in trying.values()))
+    except BaseException as error:
+        _doubt(error, {each: begun[each] for _, each in trying.values()})
         raise
     finally:
         for sock, _ in trying.values():
@@ -202,6 +207,13 @@ def _failed(trying: dict[int, tuple[socket.socket, AddressInfo]], sock: socket.s
     _remember_dead(address)
     sock.close()
     return OSError(code, os.strerror(code))
+
+
+def _doubt(error: BaseException, begun: dict[AddressInfo, float]) -> None:
+    """Try these addresses last if they have failed, or have had their time before the caller gave up."""
+    given_up = not isinstance(error, OSError)
+    late = time.monotonic() - _STAGGER
+    _remember_dead(*(address for address, began in begun.items() if not given_up or began < late))
 
 
 def _remember_dead(*addresses: AddressInfo) -> None:
@@ -220,11 +232,21 @@ def _over_tls(sock: socket.socket, peer: Peer, deadline: float) -> socket.socket
     with _closed_on_failure(sock):
         sock.settimeout(_left(deadline))
         if isinstance(sock, ssl.SSLSocket):  # TLS to the proxy, and TLS to the upstream within it
-            from urllib3.util.ssltransport import SSLTransport
-
-            return SSLTransport(sock, peer.tls, server_hostname=peer.host)  # type: ignore[return-value]
+            return _TLSWithinTLS(  # type: ignore[return-value]
+                sock, peer.tls, server_hostname=peer.host, suppress_ragged_eofs=False
+            )
         # An end without TLS's goodbye is a cut (RFC 9112 section 9.8), which Python would take for an end.
         return peer.tls.wrap_socket(sock, server_hostname=peer.host, suppress_ragged_eofs=False)
+
+
+class _TLSWithinTLS(SSLTransport):
+    """urllib3's, where the end that the peer has said is an end and no error, as with one layer."""
+
+    def recv(self, buflen: int = 1024, flags: int = 0) -> int | bytes:
+        try:
+            return super().recv(buflen, flags)
+        except ssl.SSLZeroReturnError:
+            return b""
 
 
 def _open_tunnel(sock: socket.socket, peer: Peer, authorization: str, deadline: float) -> None:
@@ -235,15 +257,15 @@ def _open_tunnel(sock: socket.socket, peer: Peer, authorization: str, deadline: 
         lines.append(f"Proxy-Authorization: {authorization}")
     sock.settimeout(_left(deadline))
     sock.sendall("\r\n".join([*lines, "\r\n"]).encode("latin-1"))
-    received = b""
+    received = bytearray()
     try:
-        while not (length := http1.head_length(received)):
+        while not (length := http1.head_length(received, max(len(received) - 3, 0))):
             sock.settimeout(_left(deadline))
             data = sock.recv(1)  # not a byte of what follows the head: that is the upstream's
             if not data:
                 raise ProxyRefused(0)
             received += data
-        status = http1.parse_head(received[:length], "CONNECT").status
+        status = http1.parse_head(bytes(received[:length]), "CONNECT").status
     except http1.BadResponse:
         raise ProxyRefused(0) from None
     if not 200 <= status < 300:
@@ -260,6 +282,7 @@ def watch_peer(sock: socket.socket, unacknowledged: float) -> None:
         ("TCP_KEEPCNT", socket.IPPROTO_TCP, _KEEPALIVE_PROBES),
         ("TCP_USER_TIMEOUT", socket.IPPROTO_TCP, int(unacknowledged * 1000)),
     )
+    sock = getattr(sock, "socket", sock)  # beneath TLS within TLS
     for name, level, value in options:
         number = getattr(socket, name, None)  # what the system does not have is left out
         if number is not None:

@@ -8,6 +8,7 @@ same name, so that it takes one thread of the pool and not all of them.
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 import threading
 import time
@@ -32,6 +33,17 @@ class _LookUp:
 
 _look_ups: dict[tuple[str, int], _LookUp] = {}
 _lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    """The threads that hold the lock or look a name up are not in the new process."""
+    global _lock  # noqa: PLW0603
+    _lock = threading.Lock()
+    _look_ups.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def resolve(host: str, port: int) -> list[AddressInfo]:

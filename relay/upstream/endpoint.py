@@ -49,12 +49,14 @@ class Upstream:
             bearer = name.lower() == "authorization"
             self._added[name] = f"Bearer {settings.upstream_key}" if bearer else settings.upstream_key
         self.send_timeout = settings.send_timeout
+        self.connecting_to = "the upstream" + (f" through {faults.PROXY}" if settings.upstream_proxy else "")
         self._connect_timeout = settings.connect_timeout
         self._certificate = settings.upstream_cert
         self._port = parts.port or (443 if self.tls else 80)
         self._name = parts.hostname or ""
         self._proxy_url = settings.upstream_proxy
         self.forwarded = bool(self._proxy_url) and not self.tls  # a plain HTTP proxy wants the whole URL
+        self.nested = self.tls and (self._proxy_url or "").startswith("https:")
         self._way: tuple[Peer, Proxy | None] | None = None  # made at the first connection
         if self._proxy_url and self.forwarded and (login := proxy_of(self._proxy_url).authorization):
             self._added["Proxy-Authorization"] = login
@@ -127,7 +129,7 @@ class Upstream:
                 context = tls_context(self._ca, self._certificate)
             except OSError as error:
                 raise errors.UpstreamUnreachable(_unusable(self._ca, self._certificate, error)) from None
-        proxy = proxy_of(self._proxy_url) if self._proxy_url else None
+        proxy = proxy_of(self._proxy_url, self._ca) if self._proxy_url else None
         self._way = Peer(self._name, self._port, context), proxy
         return self._way
 

@@ -6,9 +6,11 @@ makes its connection, and who uses it waits on `sock` in between.
 
 from __future__ import annotations
 
+import errno
 import select
 import ssl
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from relay import errors
@@ -33,6 +35,12 @@ _MOST_INTERIM = 10
 #: Seconds from sending in which a reused connection may turn out to have been closed by the upstream meanwhile.
 _STALE = 1.0
 
+_NO_ANSWER = "the upstream hung up before it answered"
+_NOT_ALL = "the upstream hung up before it had the whole request"
+_GONE = "the upstream vanished before it answered: the connection to it is dead"
+#: What the kernel's watch over a connection says (relay.upstream.connect.watch_peer).
+_VANISHED = {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH}
+
 _NOTHING_THERE = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -47,6 +55,8 @@ class Sender(Protocol):
     read_size: int
 
     forwarded: bool  # through a proxy that reads the requests
+    nested: bool  # TLS within a proxy's TLS
+    connecting_to: str  # in words
     send_timeout: float
 
     def take(self) -> Connection | None:
@@ -68,8 +78,8 @@ class Exchange:
     """
 
     __slots__ = (
-        "_answered", "_closed", "_connection", "_interim", "_partial", "_received", "_recv", "_searched", "_upstream",
-        "connected", "empty", "head", "method", "sent_at", "sock", "wire",
+        "_answered", "_began_at", "_closed", "_connection", "_interim", "_long_watch", "_partial", "_received", "_recv",
+        "_searched", "_upstream", "connected", "empty", "head", "method", "sent_at", "sock", "wire",
     )  # fmt: skip
 
     def __init__(self, upstream: Sender, method: str, wire: bytes | bytearray) -> None:
@@ -82,6 +92,8 @@ class Exchange:
         self.sock: Any = None
         self._connection: Connection | None = None
         self.sent_at: float | None = None  # when the request was sent, monotonic seconds
+        self._began_at = 0.0  # when sending began
+        self._long_watch = False  # the kernel's watch over the connection is longer than usual
         self._partial = False  # the answer came before all of it was
         self._received: bytes | bytearray = b""  # what has come of the head, then what came along with it
         self._searched = 0  # how far it was searched for the head's end
@@ -98,6 +110,11 @@ class Exchange:
         return self.sent_at is not None
 
     @property
+    def connecting_to(self) -> str:
+        """What a connection is made to, in words."""
+        return self._upstream.connecting_to
+
+    @property
     def answered(self) -> bool:
         """`head` is there."""
         return self._answered
@@ -108,14 +125,17 @@ class Exchange:
         `within`: seconds for each step, in place of the settings' limits. Raises UpstreamUnreachable, UpstreamFailed,
         ConnectTimeout or SendTimeout; Aborted if it was closed meanwhile.
         """
-        connection = self._upstream.take() or self._upstream.connect(within)
+        begun = self._connection  # `send_at_once` has sent a part
+        connection = begun or self._upstream.take() or self._upstream.connect(within)
         if self._closed or self.wire is None:
             connection.close()
             raise Aborted
-        self._begin(connection)
+        if begun is None:
+            self._begin(connection)
         patience = within or self._upstream.send_timeout
-        if not isinstance(connection.sock, ssl.SSLSocket) and len(self.wire) > _SENT_AT_ONCE:
-            watch_peer(connection.sock, max(patience, UNACKNOWLEDGED))
+        if len(self.wire) > _SENT_AT_ONCE and patience > UNACKNOWLEDGED:
+            watch_peer(connection.sock, patience)  # a closed window counts as unacknowledged
+            self._long_watch = True
         try:
             self._write(self.wire, patience)
         except BaseException:
@@ -126,7 +146,7 @@ class Exchange:
     def send_at_once(self) -> bool:
         """Send the request if that takes no waiting: it is short, and a connection stands idle. Raises as `send`."""
         wire = self.wire
-        if wire is None or len(wire) > _SENT_AT_ONCE:
+        if wire is None or len(wire) > _SENT_AT_ONCE or self._upstream.nested:
             return False
         connection = self._upstream.take()
         if connection is None:
@@ -142,13 +162,14 @@ class Exchange:
             return False
         self._begin(connection)
         if sent < len(wire):
-            self._drop()
-            raise errors.UpstreamFailed("the upstream hung up before it had the whole request")
+            self.wire = wire[sent:]
+            return False
         self._has_been_sent()
         return True
 
     def _begin(self, connection: Connection) -> None:
         self._connection, self.sock = connection, connection.sock
+        self._began_at = time.monotonic()
         self.connected = True
         # The plain socket beneath gevent's, which would only add its own way of waiting; TLS needs the whole of it.
         self._recv = self.sock.recv if self._upstream.tls else getattr(self.sock, "_sock", self.sock).recv
@@ -157,35 +178,43 @@ class Exchange:
         """Send all of it, unless the answer comes before. Raises SendTimeout when the upstream takes nothing for
         `patience` seconds, and UpstreamFailed when it hangs up."""
         sock = self.sock
+        send = partial(_send_waiting, sock, patience) if self._upstream.nested else sock.send
         sock.settimeout(0)
         poller = select.poll()
         poller.register(sock.fileno(), select.POLLIN | select.POLLOUT)
         rest = memoryview(wire)
+        give_up = time.monotonic() + patience
         while True:
             try:
-                sent = sock.send(rest[:READ_SIZE])
-                rest = rest[sent:]
+                rest = rest[send(rest[:READ_SIZE]) :]
                 if not rest:
                     return
+                give_up = time.monotonic() + patience
             except _NOTHING_THERE:
                 pass
             except OSError as error:
                 # It may have answered before it hung up: what it said of that counts.
                 if self._has_answered_early():
                     return
-                raise faults.tls(error) or errors.UpstreamFailed(
-                    "the upstream hung up before it had the whole request"
-                ) from None
-            # After each piece, for TLS cannot be read any more once a write has failed.
-            ready = poller.poll(patience * 1000)
+                if isinstance(error, TimeoutError):  # the kernel's, whose watch over the connection is as long
+                    raise self._takes_nothing(patience) from None
+                raise faults.tls(error) or self._hung_up(_NOT_ALL) from None
+            # After each piece, for TLS cannot be read any more once a write has failed. Only what the upstream takes
+            # moves the clock: an answer that dribbles does not.
+            ready = poller.poll(max(give_up - time.monotonic(), 0) * 1000)
             if not ready:
-                if self._closed:
-                    raise Aborted
-                raise errors.SendTimeout(
-                    f"the upstream has taken nothing of the request for {patience:g} s (RELAY_SEND_TIMEOUT)"
-                )
+                raise self._takes_nothing(patience)
             if ready[0][1] & ~select.POLLOUT and self._has_answered_early():
                 return
+            if time.monotonic() >= give_up and not ready[0][1] & select.POLLOUT:
+                raise self._takes_nothing(patience)
+
+    def _takes_nothing(self, patience: float) -> Exception:
+        if self._closed:
+            return Aborted()
+        return errors.SendTimeout(
+            f"the upstream has taken nothing of the request for {patience:g} s (RELAY_SEND_TIMEOUT)"
+        )
 
     def _has_answered_early(self) -> bool:
         """Whether the head of the answer is there although the request is not all sent: it then says enough."""
@@ -196,10 +225,12 @@ class Exchange:
                     return True
                 if self.empty:
                     return False
-        except errors.UpstreamFailed:
+        except errors.UpstreamFailed as error:
             if self._closed:
                 raise Aborted from None
-            raise errors.UpstreamFailed("the upstream hung up before it had the whole request") from None
+            if error.message == _NO_ANSWER:
+                raise self._hung_up(_NOT_ALL) from None
+            raise
 
     def _has_been_sent(self) -> None:
         self.wire = None  # a request of 32 MiB must not live as long as its answer
@@ -222,13 +253,7 @@ class Exchange:
             data = self._receive()
             if not data:
                 raise self._hung_up()
-            if not self._received:
-                received = data
-            else:  # in pieces: a head that comes byte by byte must not be copied for each
-                if isinstance(self._received, bytes):
-                    self._received = bytearray(self._received)
-                self._received += data
-                received = self._received  # type: ignore[assignment]
+            received = self._with_earlier(data) if self._received else data
             while length := http1.head_length(received, self._searched):
                 head = http1.parse_head(bytes(received[:length]), self.method)
                 received = bytes(received[length:])
@@ -239,6 +264,8 @@ class Exchange:
                     if head.status == 407 and self._upstream.forwarded:
                         raise faults.proxy_login()
                     self.head, self._answered = head, True
+                    if self._long_watch:
+                        watch_peer(self.sock, UNACKNOWLEDGED)
                     self.empty = self.empty and not received and not head.framing.done
                     break
                 # 100, 102, 103: the answer is still to come (RFC 9110 section 15.2)
@@ -255,20 +282,31 @@ class Exchange:
         except http1.BadResponse as error:
             raise errors.UpstreamFailed(f"the upstream's answer cannot be relayed: {error}") from None
         except OSError as error:
-            raise faults.tls(error) or self._hung_up() from None
+            raise self._broke(error) from None
         return self._answered
 
-    def _hung_up(self) -> errors.UpstreamFailed:
+    def _with_earlier(self, data: bytes) -> bytes | bytearray:
+        """What has come of the head, and `data`: one that comes byte by byte must not be copied for each."""
+        if isinstance(self._received, bytes):
+            self._received = bytearray(self._received)
+        self._received += data
+        return self._received
+
+    def _broke(self, error: OSError) -> errors.RelayError:
+        """The connection has failed in place of an answer."""
+        return faults.tls(error) or self._hung_up(_GONE if error.errno in _VANISHED else _NO_ANSWER)
+
+    def _hung_up(self, message: str = _NO_ANSWER) -> errors.UpstreamFailed:
         """The upstream has closed the connection in place of an answer.
 
         On one that stood idle it may have done so before it saw the request: SDKs then ask again, as they would without
         a relay between. Later than that it had the request, and may bill it.
         """
-        error = errors.UpstreamFailed("the upstream hung up before it answered")
+        error = errors.UpstreamFailed(message)
         connection = self._connection
         if connection is not None and connection.reused and not self._received and not self._interim:
             self._upstream.distrust()
-            if self.sent_at is not None and time.monotonic() - self.sent_at < _STALE:
+            if time.monotonic() - (self.sent_at or self._began_at) < _STALE:
                 error.may_retry = True
         return error
 
@@ -371,3 +409,13 @@ class Exchange:
             return False
         framing = self.head.framing
         return framing.done and not framing.excess and self.head.keeps_open
+
+
+def _send_waiting(sock: Any, patience: float, piece: Any) -> int:
+    """Send to a socket that cannot do it without waiting, for at most `patience` seconds. urllib3's TLS within TLS
+    loses what the outer layer does not take at once."""
+    sock.settimeout(patience)
+    try:
+        return sock.send(piece)  # type: ignore[no-any-return]
+    finally:
+        sock.settimeout(0)

@@ -11,7 +11,10 @@ import ssl
 from relay import errors
 from relay.upstream.connect import OfTheProxy, ProxyRefused
 
-_PROXY = "the proxy (RELAY_UPSTREAM_PROXY)"
+PROXY = "the proxy (RELAY_UPSTREAM_PROXY)"
+# OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and _IP_ADDRESS_MISMATCH; then those of a chain that leads to nobody known.
+_OTHER_NAME = {62, 64}
+_NO_ISSUER = {2, 18, 19, 20, 21}
 
 
 def not_connected(error: BaseException, seconds: float) -> errors.RelayError:
@@ -23,17 +26,25 @@ def not_connected(error: BaseException, seconds: float) -> errors.RelayError:
     if isinstance(cause, ProxyRefused):
         return _refused_by_proxy(cause.status)
     cause.__traceback__ = error.__traceback__ = None  # their frames hold the exchange, which holds this error
-    who = _PROXY if of_proxy else "the upstream"
+    who = PROXY if of_proxy else "the upstream"
     if isinstance(cause, TimeoutError):
         return errors.ConnectTimeout(f"no connection to {who} within {seconds:g} s (RELAY_CONNECT_TIMEOUT)")
     if isinstance(cause, ssl.SSLCertVerificationError):
-        hint = "" if of_proxy else "; for a private authority set RELAY_UPSTREAM_CA"
+        where = "RELAY_UPSTREAM_PROXY" if of_proxy else "RELAY_UPSTREAM_URL"
+        if cause.verify_code in _OTHER_NAME:
+            hint = f"; it is for another host than {where} names"
+        elif cause.verify_code in _NO_ISSUER:
+            hint = "; for a private authority set RELAY_UPSTREAM_CA"
+        else:  # expired, not valid yet, revoked: no setting helps
+            hint = ""
         return errors.UpstreamUnreachable(
             f"the certificate of {who} is not trusted ({cause.verify_message}){hint}",
             code="upstream_certificate",
         )
     if isinstance(cause, ssl.SSLError):
-        return tls(cause) or errors.UpstreamUnreachable(f"{who} does not speak TLS as it should; check its scheme")
+        return (None if of_proxy else tls(cause)) or errors.UpstreamUnreachable(
+            f"{who} does not speak TLS as it should; check its scheme"
+        )
     if isinstance(cause, socket.gaierror):
         return errors.UpstreamUnreachable(f"the host name of {who} cannot be resolved")
     detail = f": {cause.strerror}" if isinstance(cause, OSError) and cause.strerror else ""
@@ -66,7 +77,7 @@ def _refused_by_proxy(status: int) -> errors.UpstreamUnreachable:
         why = f"opens no connection to the upstream: it answered {status}"
     else:
         why = "opens no connection to the upstream, and did not answer in HTTP"
-    return errors.UpstreamUnreachable(f"{_PROXY} {why}")
+    return errors.UpstreamUnreachable(f"{PROXY} {why}")
 
 
 def proxy_login() -> errors.UpstreamUnreachable:

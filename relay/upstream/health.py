@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -68,6 +69,7 @@ class Health:
         self._upstream = upstream
         self._known: Known | None = None
         self._lock = threading.Lock()
+        self._process = os.getpid()
         self._probing: threading.Event | None = None
         self._answer_by = 0.0  # when the probe under way has had its time
         self._told: tuple[bool, bool | None] | None = None
@@ -86,6 +88,8 @@ class Health:
         if not ask:
             return known or _failed("the upstream has not been asked yet")
         timeout = self._settings.health_timeout
+        if self._process != os.getpid():  # the thread that probes is in the process that this was forked from
+            self._process, self._lock, self._probing = os.getpid(), threading.Lock(), None
         with self._lock:
             probing = self._probing
             if probing is None:

@@ -41,11 +41,10 @@ class Pool:
         """The connection that was put back last, if it may be used again: nothing may have arrived on it, an end least
         of all. None: there is none."""
         connections = self._connections
-        if not connections:
-            return None
         if self._process != os.getpid():
             self.clear()
             self._process = os.getpid()
+        if not connections:
             return None
         now = time.monotonic()
         while True:
@@ -97,6 +96,6 @@ def _silent(sock: Any) -> bool:
 def shut(sock: socket.socket) -> None:
     """End a connection that another thread or greenlet uses: it is woken, and cleans up."""
     try:
-        sock.shutdown(socket.SHUT_RDWR)
+        getattr(sock, "socket", sock).shutdown(socket.SHUT_RDWR)  # beneath TLS within TLS
     except OSError:
         pass

@@ -190,6 +190,10 @@ class Chunked(Framing):
             too_long = len(line) > (MAX_CHUNK_LINE if self._state == _SIZE else 1)
         if too_long:
             raise BadResponse("a chunk of the body has no sound end")
+        if self._state == _TRAILER and len(line) > 2:
+            # Dropped anyway; kept whole, a line that comes byte by byte would be searched from its start for each.
+            self._trailer += len(line) - 2
+            line = line[:2]
         self._pending = line
 
     def _line(self, line: bytes) -> None:
