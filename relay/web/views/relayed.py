@@ -70,10 +70,7 @@ def relay_request(mount: Mount, rest: str) -> Response:
         if body is None:
             body = without_body(method)
         if looks or (wish is Wish.BODY and body and b"stream" in body):
-            if body and coding not in ("", "identity"):
-                said = Asked().unsure("is compressed")
-            else:
-                said = yield from scan(body, kind)
+            said = yield from _asked(body, kind, coding)
             if models is not None:
                 check_models(models, method, path, query, said)
             if looks:
@@ -91,6 +88,13 @@ def relay_request(mount: Mount, rest: str) -> Response:
         return calls.stream(mount, environ, intake, record, response, start_response, settings=settings)
 
     return call.answer(begin)
+
+
+def _asked(body: Body, kind: str, coding: str) -> Generator[None, None, Asked]:
+    """What a body of this Content-Type and Content-Encoding asks for."""
+    if body and coding not in ("", "identity"):
+        return Asked().unsure("is compressed")
+    return (yield from scan(body, kind))
 
 
 def leave_to_the_app(_rest: str) -> None:
