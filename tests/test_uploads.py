@@ -90,6 +90,21 @@ def test_a_client_without_a_slot_fills_no_memory(upstream: Upstream) -> None:
         assert ask(server.port, "POST", "/v1/x", {}, BODY).status == 200
 
 
+def test_slow_uploads_take_no_slots_from_others(upstream: Upstream) -> None:
+    env = {"RELAY_UPSTREAM_URL": upstream.base_url, "RELAY_MAX_STREAMS": "1"}
+    with servers.gunicorn(env) as server, contextlib.ExitStack() as stack:
+        uploads = [stack.enter_context(begin_upload(server.port, 2000, 1000)) for _ in range(3)]
+        eventually(lambda: len(open_streams(server)) == 3, "the uploads")
+        assert ask(server.port, "POST", "/v1/x", {}, BODY).status == 200
+        for upload in uploads:
+            upload.raw(bytes(1000))
+            response = upload.read_head()
+            assert response.status == 200
+            response.finish()
+        eventually(lambda: not open_streams(server), "their end")
+        assert ask(server.port, "POST", "/v1/x", {}, BODY).status == 200
+
+
 def test_bodies_of_a_worker_are_bounded_together(upstream: Upstream) -> None:
     env = {"RELAY_UPSTREAM_URL": upstream.base_url, "RELAY_BODY_MEMORY": "2MiB", "RELAY_MAX_BODY": "2MiB"}
     with servers.gunicorn(env) as server:

@@ -31,7 +31,7 @@ class Shared(Protocol):
 class Lease:
     """The right to one open stream, or a place in the queue for it: `granted` says which."""
 
-    __slots__ = ("_admission", "client", "granted", "over", "shared", "wake")
+    __slots__ = ("_admission", "client", "granted", "lent", "over", "shared", "wake")
 
     def __init__(self, admission: Admission, client: str, wake: Callable[[], None]) -> None:
         self._admission = admission
@@ -39,6 +39,7 @@ class Lease:
         self.wake = wake
         self.granted = False
         self.over = False
+        self.lent = False  # its client uploads, and it has no slot meanwhile
         self.shared = ""  # its name where streams are counted together
 
     def release(self) -> None:
@@ -82,6 +83,33 @@ class Admission:
                 self._queue.append(lease)
         return lease
 
+    def lend(self, lease: Lease) -> None:
+        """Let others have the slot while the client of this one uploads: slow clients must not take all of them.
+
+        The lease still counts as one of its client's.
+        """
+        heir = None
+        with self._lock:
+            lease.granted = False
+            lease.lent = True
+            if self._queue:
+                heir = self._queue.popleft()
+                heir.granted = True
+            else:
+                self.open -= 1
+        if heir is not None:
+            heir.wake()
+
+    def claim(self, lease: Lease) -> None:
+        """Take a slot again, or a place in the queue for one."""
+        with self._lock:
+            lease.lent = False
+            if self.open < self.maximum:
+                self.open += 1
+                lease.granted = True
+            else:
+                self._queue.append(lease)
+
     def full(self) -> errors.Full:
         """The error of a request that found no slot."""
         return errors.Full(
@@ -109,7 +137,9 @@ class Admission:
                     self._of_client[lease.client] = left
                 else:
                     del self._of_client[lease.client]
-            if not lease.granted:
+            if lease.lent:
+                pass
+            elif not lease.granted:
                 self._queue.remove(lease)
             elif self._queue:
                 heir = self._queue.popleft()

@@ -189,20 +189,30 @@ class Stream:
     def _enter(self) -> bytes:
         """Get a lease, in the queue if there is none and waiting is wanted."""
         lease = self._lease = self._admission.request(self.record.owner, self._waiter.wake)
-        give_up = self._started + self._settings.queue
-        while not lease.granted:
-            if monotonic() >= min(give_up, drain.at):
-                raise self._admission.full()
-            if self._waiter.wait(min(give_up, drain.at)) is GONE:
-                raise ClientGone
+        self._queue(lease, self._started)
         if self._intake is not None:
+            uploads = self._intake.uploads
+            if uploads:
+                self._admission.lend(lease)
             self._exchange = self._take_in(self._intake)
+            if uploads:
+                self._admission.claim(lease)
+                self._queue(lease, monotonic())
         self.record.admitted = True
         metrics().opened(self.record.mount)
         self._started = monotonic()  # the clocks are the upstream's
         self._hold_at = self._held_until(self._started)
         self._step = Stream._open
         return self._open()
+
+    def _queue(self, lease: Lease, since: float) -> None:
+        """Wait until the lease is granted, for RELAY_QUEUE from `since` on."""
+        give_up = since + self._settings.queue
+        while not lease.granted:
+            if monotonic() >= min(give_up, drain.at):
+                raise self._admission.full()
+            if self._waiter.wait(min(give_up, drain.at)) is GONE:
+                raise ClientGone
 
     def _take_in(self, intake: Intake) -> Exchange:
         """Have the request's body read, and the exchange made from it."""
