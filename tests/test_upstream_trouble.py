@@ -26,6 +26,7 @@ from test_upstream_connections import Authority, Proxy
 from test_upstream_way import BODY, address, answer, listening, read_head
 
 from relay import errors
+from relay.cli.doctor import probe
 from relay.settings import Settings
 from relay.upstream import connect, dns, exchange, faults
 from relay.upstream.connect import Peer
@@ -312,6 +313,23 @@ def test_a_proxys_tls_alert_is_not_about_the_certificate_for_the_upstream() -> N
     assert "RELAY_UPSTREAM_CERT" not in message
 
 
+@pytest.mark.parametrize(
+    ("status", "field", "proxys"),
+    [
+        pytest.param(503, "X-Squid-Error: ERR_DNS_FAIL 0", True, id="squid-no-such-name"),
+        pytest.param(502, "Proxy-Status: proxy.example; error=connection_refused", True, id="proxy-status"),
+        pytest.param(504, "X-Squid-Error: ERR_READ_TIMEOUT 0", False, id="it-had-the-request"),
+        pytest.param(502, "Via: 1.1 squid", False, id="the-upstreams"),
+        pytest.param(200, "Proxy-Status: a; error=dns_error", False, id="no-failure"),
+    ],
+)
+def test_a_proxy_that_reached_nobody_is_not_told_as_the_upstream(status: int, field: str, proxys: bool) -> None:
+    head = http1.parse_head(f"HTTP/1.1 {status} X\r\n{field}\r\nContent-Length: 0\r\n\r\n".encode(), "POST")
+    error = faults.of_proxy(head)
+    assert (error is not None) is proxys
+    assert error is None or ("the proxy" in error.message and str(status) in error.message)
+
+
 # --- Linear time
 
 
@@ -342,6 +360,19 @@ def test_a_trailer_has_a_bound_in_pieces_too() -> None:
             framing.feed(b"b")
             taken += 1
     assert taken <= http1.MAX_TRAILER
+
+
+@pytest.mark.parametrize("what", [b"x", b"HTTP/1.1 103 Early Hints\r\n\r\n"], ids=["a-head", "interim-answers"])
+def test_the_doctor_waits_for_no_head_without_end(what: bytes) -> None:
+    def dribble(sock: socket.socket) -> None:
+        read_head(sock)
+        sock.sendall(b"HTTP/1.1 200 OK\r\nX-Long: " if what == b"x" else what)
+        while True:
+            sock.sendall(what)
+            time.sleep(0.05)
+
+    with listening(dribble) as port, pytest.raises(probe.Unreachable):
+        probe.get(probe.Target("http", "127.0.0.1", port, ""), "/", [], patience=1.0)
 
 
 # --- Forks
@@ -381,6 +412,33 @@ assert os.waitpid(child, 0)[1] == 0
             cwd=REPO, capture_output=True, text=True, timeout=30, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
+
+
+def test_a_forked_process_has_a_watchdog_of_its_own() -> None:
+    """Under plain threads it frees the server from writes that are stuck."""
+    program = """
+import os, socket, threading
+from relay.stream.waiting import threads
+ours, _theirs = socket.socketpair()
+kept = threads.ThreadWaiter(ours, lambda: 0.05)
+assert threads._watchdog._running
+threads._watchdog._lock.acquire()
+child = os.fork()
+if child == 0:
+    looked = threading.Event()
+    def look():
+        looked.set()
+        return 0.05
+    again = threads.ThreadWaiter(ours, look)
+    looked.clear()
+    os._exit(0 if looked.wait(10) else 3)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        cwd=REPO, capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 # --- Peers that vanish

@@ -171,7 +171,7 @@ class Leases:
 
     def _start(self) -> None:
         with self._lock:
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():  # it does not cross a fork
                 self._thread = threading.Thread(target=self._keep, name="relay-leases", daemon=True)
                 self._thread.start()
 

@@ -261,8 +261,8 @@ class Exchange:
                 if head.status == 101:
                     raise http1.BadResponse("it switched protocols, which nobody asked for")
                 if head.status >= 200:
-                    if head.status == 407 and self._upstream.forwarded:
-                        raise faults.proxy_login()
+                    if self._upstream.forwarded and (fault := faults.of_proxy(head)) is not None:
+                        raise fault
                     self.head, self._answered = head, True
                     if self._long_watch:
                         watch_peer(self.sock, UNACKNOWLEDGED)

@@ -5,13 +5,22 @@ No address, key or password in a message.
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
+from typing import TYPE_CHECKING
 
 from relay import errors
 from relay.upstream.connect import OfTheProxy, ProxyRefused
 
+if TYPE_CHECKING:
+    from relay.wire.http1 import Head
+
 PROXY = "the proxy (RELAY_UPSTREAM_PROXY)"
+_REACHED_NOBODY = re.compile(
+    r"error=(dns_error|dns_timeout|destination_(unavailable|not_found|ip_unroutable)|connection_(refused|timeout))\b"
+    r"|ERR_(DNS_FAIL|CONNECT_FAIL|CANNOT_FORWARD)\b"
+)
 # OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and _IP_ADDRESS_MISMATCH; then those of a chain that leads to nobody known.
 _OTHER_NAME = {62, 64}
 _NO_ISSUER = {2, 18, 19, 20, 21}
@@ -80,6 +89,15 @@ def _refused_by_proxy(status: int) -> errors.UpstreamUnreachable:
     return errors.UpstreamUnreachable(f"{PROXY} {why}")
 
 
-def proxy_login() -> errors.UpstreamUnreachable:
-    """The proxy answered a request that it should have passed on with 407."""
-    return _refused_by_proxy(407)
+def of_proxy(head: Head) -> errors.UpstreamUnreachable | None:
+    """The error if a proxy answered a plain request that it should have passed on; None: the upstream did.
+
+    A 407 is always the proxy's. Of other statuses it is known only where the proxy says that it reached nobody: in
+    Proxy-Status (RFC 9209 section 2.3) and, from Squid, in X-Squid-Error.
+    """
+    if head.status == 407:
+        return _refused_by_proxy(407)
+    if head.status < 500:
+        return None
+    said = f"{head.fields.get('proxy-status', '')};{head.fields.get('x-squid-error', '')}"
+    return _refused_by_proxy(head.status) if _REACHED_NOBODY.search(said) else None

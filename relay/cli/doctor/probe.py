@@ -20,6 +20,7 @@ Ended = Literal["clean", "cut", "waiting"]
 
 _CONNECT = 10.0  # seconds for TCP and TLS, each
 _MOST_HEAD = 128 * 1024
+_MOST_INTERIM = 10
 _MOST_BODY = 4 * 1024 * 1024  # ten times what any probe asks for
 _STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-5][0-9][0-9])(?: [^\r\n]*)?")
 
@@ -105,8 +106,8 @@ def offers_http2(target: Target) -> bool:
 def get(target: Target, path: str, headers: list[tuple[str, str]], *, patience: float) -> Answer:
     """GET a path below the target, and read its answer to the end.
 
-    `patience`: seconds without any byte after which it is not waited for any longer. Raises Unreachable if no answer
-    begins.
+    `patience`: seconds for all of the head, then seconds without any byte after which the body is not waited for any
+    longer. Raises Unreachable if no answer begins.
     """
     sock = _connect(target, ["http/1.1"])
     with sock:
@@ -162,11 +163,15 @@ def _why(error: OSError) -> str:
 
 
 def _read(sock: socket.socket, target: Target, began: float) -> Answer:
-    buffer = b""
-    while (end := buffer.find(b"\r\n\r\n")) < 0:
-        if len(buffer) > _MOST_HEAD:
+    buffer, searched, interim = bytearray(), 0, 0
+    patience = sock.gettimeout()
+    deadline = began + (patience or _CONNECT)
+    while (end := buffer.find(b"\r\n\r\n", searched)) < 0:
+        if len(buffer) > _MOST_HEAD or interim > _MOST_INTERIM:
             raise Unreachable(f"{target.authority} does not speak HTTP/1.1: its headers have no end")
+        searched = max(len(buffer) - 3, 0)
         try:
+            sock.settimeout(max(deadline - time.monotonic(), 0.001))  # for all of the head, however it dribbles
             data = sock.recv(65536)
         except TimeoutError:
             raise Unreachable(f"{target.authority} took the request and did not answer") from None
@@ -180,9 +185,11 @@ def _read(sock: socket.socket, target: Target, began: float) -> Answer:
         buffer += data
         if not b"HTTP/1."[: len(buffer)] == buffer[:7]:
             raise Unreachable(f"{target.authority} does not speak HTTP/1.1")
-        while (end := buffer.find(b"\r\n\r\n")) >= 0 and buffer[9:10] == b"1":
-            buffer = buffer[end + 4 :]  # an interim answer, such as 103
-    line, *fields = buffer[:end].split(b"\r\n")
+        while (end := buffer.find(b"\r\n\r\n", searched)) >= 0 and buffer[9:10] == b"1":
+            del buffer[: end + 4]  # an interim answer, such as 103
+            searched, interim = 0, interim + 1
+    sock.settimeout(patience)
+    line, *fields = bytes(buffer[:end]).split(b"\r\n")
     match = _STATUS_LINE.fullmatch(line)
     if match is None:
         raise Unreachable(f"{target.authority} does not speak HTTP/1.1")
@@ -191,7 +198,7 @@ def _read(sock: socket.socket, target: Target, began: float) -> Answer:
         name, _, value = one.decode("latin-1").partition(":")
         headers.append((name.strip(), value.strip()))
     answer = Answer(int(match[2]), f"HTTP/{match[1].decode()}", headers, time.monotonic() - began)
-    _body(sock, answer, buffer[end + 4 :], began)
+    _body(sock, answer, bytes(buffer[end + 4 :]), began)
     return answer
 
 

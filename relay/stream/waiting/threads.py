@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import threading
 import time
@@ -141,3 +142,5 @@ class _Watchdog:
 
 
 _watchdog = _Watchdog()
+if hasattr(os, "register_at_fork"):  # its thread is not in the new process, nor is who holds its lock
+    os.register_at_fork(after_in_child=_watchdog.__init__)  # type: ignore[misc]
