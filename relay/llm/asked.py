@@ -72,6 +72,20 @@ def scan(body: bytes | bytearray | None, content_type: str) -> Generator[None, N
     return asked.unsure("is neither JSON nor a form")
 
 
+def parse_json(body: bytes | bytearray) -> Asked:
+    """What a strict reader takes from a short body: faster than a scan, and no word of other models."""
+    asked = Asked()
+    try:
+        said = json.loads(body)
+    except (ValueError, RecursionError):
+        return asked.unsure("is not valid JSON")
+    if isinstance(said, dict):
+        model = said.get("model")
+        asked.model = model if isinstance(model, str) else None
+        asked.stream = said.get("stream") is True or said.get("stream_format") == "sse"
+    return asked
+
+
 def scan_json(body: bytes | bytearray) -> Generator[None, None, Asked]:  # noqa: C901 - one loop, which calls would slow
     """Scan JSON, or several JSON texts in a row, for `stream`, `stream_format` and models.
 

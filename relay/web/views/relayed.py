@@ -13,7 +13,7 @@ from werkzeug.routing import RequestRedirect
 
 from relay import errors
 from relay.gate.models import check_models
-from relay.llm.asked import Asked, scan
+from relay.llm.asked import Asked, parse_json, scan
 from relay.stream import ticks
 from relay.web.intake import Body, Intake
 from relay.web.request import Wish, expected_body, raw_target, wish_for_events, without_body
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 #: Raw paths below the mount whose GET costs nothing with any provider: the list of models, and one of them.
 _FREE_GET = re.compile(r"models(?:/[^/]*)?")
 
+#: Bytes of a body that is parsed where nothing but a strict reader's view of it counts.
+_SHORT = 16 * 1024
 #: Gemini's streams: google-genai for Python takes each comment for JSON and fails on it.
 _BEARS_NO_COMMENTS = re.compile(r"(?::|%3a)streamGenerateContent$", re.IGNORECASE)
 
@@ -70,7 +72,7 @@ def relay_request(mount: Mount, rest: str) -> Response:
         if body is None:
             body = without_body(method)
         if looks or (wish is Wish.BODY and body and b"stream" in body):
-            said = yield from _asked(body, kind, coding)
+            said = yield from _asked(body, kind, coding, every=models is not None)
             if models is not None:
                 check_models(models, method, path, query, said)
             if looks:
@@ -90,10 +92,12 @@ def relay_request(mount: Mount, rest: str) -> Response:
     return call.answer(begin)
 
 
-def _asked(body: Body, kind: str, coding: str) -> Generator[None, None, Asked]:
-    """What a body of this Content-Type and Content-Encoding asks for."""
+def _asked(body: Body, kind: str, coding: str, *, every: bool) -> Generator[None, None, Asked]:
+    """What a body of this Content-Type and Content-Encoding asks for; `every`: each model that it names counts."""
     if body and coding not in ("", "identity"):
         return Asked().unsure("is compressed")
+    if body and not every and len(body) <= _SHORT and body[:1] == b"{":
+        return parse_json(body)
     return (yield from scan(body, kind))
 
 
