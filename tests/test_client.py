@@ -466,6 +466,17 @@ def test_a_finish_reason_and_a_clean_end_are_a_whole_answer(direct: Place) -> No
     assert "".join(direct.ask()) == llm.TEXT
 
 
+def test_a_finish_reason_and_an_open_connection_are_a_whole_answer(direct: Place) -> None:
+    def handler(ex: Exchange) -> None:
+        ex.head(headers=llm.EVENTS)
+        for event in WHOLE_BUT_FOR_THE_MARK:
+            ex.send(event)
+        ex.wait_gone()
+
+    direct.upstream.serve(handler, CHAT)
+    assert "".join(direct.ask()) == llm.TEXT
+
+
 def test_a_finish_reason_and_a_cut_are_a_cut(direct: Place) -> None:
     direct.upstream.serve(cut_after(*WHOLE_BUT_FOR_THE_MARK), CHAT)
     got, error = fail(direct.ask)
@@ -568,7 +579,7 @@ def test_events_are_handed_over_whatever_they_hold(direct: Place) -> None:
         pytest.param(500, b"<html>oh</html>", "500: Reason", "refused", id="html"),
         pytest.param(422, b'{"detail": "what?"}', "what?", "refused", id="detail"),
         pytest.param(400, b'{"error": "bad"}', "bad", "refused", id="text"),
-        pytest.param(302, b"", "302", "refused", id="redirect"),
+        pytest.param(302, b"", "302: a redirect to ", "refused", id="redirect"),
     ],
 )
 def test_another_status_is_raised_with_what_was_said(

@@ -1054,3 +1054,16 @@ def test_views_are_freed_without_the_garbage_collector(upstream: Upstream) -> No
         server.shutdown()
         thread.join(10)
         server.server_close()
+
+
+def test_a_finish_reason_and_an_open_connection_are_a_whole_answer(place: Place) -> None:
+    def handler(ex: Exchange) -> None:
+        ex.head(200, "OK", STREAM)
+        ex.send(chunk("whole", "stop"))
+        ex.wait_gone()
+
+    place.upstream.serve(handler, CHAT)
+    body = place.ask(prompt="Well?", model="m").finish()
+    assert (body.ended, body.data.count(b"event: done\n")) == ("clean", 1)
+    assert b"data: whole\n" in body.data
+    assert b"event: error" not in body.data

@@ -105,9 +105,15 @@ class Connection:
                 request_id=self.request_id,
             )
         said = _error_in(self._beginning())
+        reason = said.get("message") or self._response.reason or "no reason given"
+        if 300 <= status < 400 and (location := headers.get("Location")):
+            # The key is for the host that was named.
+            reason = (
+                f"a redirect to {_place(location)}, which is not followed; name that as the base URL if it is right"
+            )
         retry_after = headers.get("Retry-After", "")
         raise Refused(
-            f"{self._host} answered {status}: {said.get('message') or self._response.reason or 'no reason given'}",
+            f"{self._host} answered {status}: {reason}",
             code=said.get("code") or said.get("type"),
             status=status,
             request_id=said.get("request_id") or self.request_id,
@@ -204,6 +210,17 @@ def _loopback(url: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _place(location: str) -> str:
+    """Where a redirect leads, for people: without user, query and fragment, which may hold secrets."""
+    try:
+        parts = urlsplit(location)
+        host = parts.netloc.rpartition("@")[2]
+    except ValueError:
+        return "a malformed URL"
+    place = f"{parts.scheme}://{host}{parts.path}" if host else parts.path
+    return "".join(filter(str.isprintable, place))[:200] or "nowhere"
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -2,7 +2,7 @@
 
 What has come is handed over before what went wrong is raised. It ends without an error only where the answer said that
 it was whole: by `[DONE]`, `message_stop`, `response.completed` or `response.incomplete`, the text view's `done`, or a
-finish reason and a clean end.
+finish reason, behind which it is given 2 s for its mark.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class Stream(Generic[Piece]):
     """
 
     _linger: threading.Timer | None = None
+    _waited = False
 
     def __init__(self, request: Request, *, events: bool, timeout: float | None, ca: str | None) -> None:
         self._started = time.monotonic()
@@ -88,7 +89,7 @@ class Stream(Generic[Piece]):
         try:
             data = self._connection.read()
         except StreamError as error:
-            self._finish(None if self._answer.ended else error)
+            self._finish(None if self._answer.ended or self._waited else error)
             return
         if not data:
             whole = self._answer.ended or self._answer.finished
@@ -104,10 +105,15 @@ class Stream(Generic[Piece]):
             self._finish(ErrorFrame(said.message, code=code, status=self.status, request_id=self.request_id))
         except (errors.UpstreamFailed, TooLarge) as error:
             self._finish(self._cut(f"the answer cannot be read on: {error}", code="unreadable"))
-        if self._answer.ended and self._linger is None and not self._over:
-            self._linger = threading.Timer(_LINGER, self._connection.close)
+        if (self._answer.ended or self._answer.finished) and self._linger is None and not self._over:
+            self._linger = threading.Timer(_LINGER, self._leave)
             self._linger.daemon = True
             self._linger.start()
+
+    def _leave(self) -> None:
+        """The answer is whole, and has had its time to end."""
+        self._waited = True
+        self._connection.close()
 
     def _take(self, event: sse_parser.Event) -> None:
         self.events += 1

@@ -89,6 +89,10 @@ export type StreamErrorCode =
   | "stalled"
   /** The answer is no event stream. */
   | "not_events"
+  /** The answer is a redirect, which is not followed: a key is for the host that was named. */
+  | "redirect"
+  /** One event, or one line, of more than 64 Mi characters. */
+  | "too_large"
   | "aborted"
   /** `ticket` failed. */
   | "ticket"

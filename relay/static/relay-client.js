@@ -37,6 +37,8 @@ const LONGEST_WAIT = 30_000; // ms
 const LONGEST_RETRY_AFTER = 120; // s; who is told to come back later than that is not kept waiting unknowingly
 const MOST_WAITING = 8 * 1024 * 1024; // characters that wait for an iterator
 const MOST_ERROR = 64 * 1024; // bytes read of an error's body
+const MOST_EVENT = 64 * 1024 * 1024; // characters of one event, or of a line: pictures included
+const MOST_ID = 1024; // characters: a longer id makes a header that servers refuse
 const LINGER = 250; // ms for the end of the body to come behind the end marker, so that its connection is used again
 const LONGEST_TIMER = 2 ** 31 - 1; // ms; setTimeout takes more for 0
 
@@ -63,6 +65,7 @@ export class StreamError extends Error {
 export class EventParser {
   #decoder = new TextDecoder(); // drops the BOM at the start; ill bytes become U+FFFD
   #line = []; // the unfinished line in pieces, which are not searched again: long lines cost linear time
+  #lineSize = 0; // characters in them
   #afterCR = false;
   #data = "";
   #event = "";
@@ -96,6 +99,7 @@ export class EventParser {
       if (this.#line.length > 0) {
         line = this.#line.join("") + line;
         this.#line = [];
+        this.#lineSize = 0;
       }
       start = end + 1;
       if (end === cr) {
@@ -107,8 +111,20 @@ export class EventParser {
       const message = line === "" ? this.#dispatch() : this.#field(line);
       if (message) messages.push(message);
     }
-    if (start < text.length) this.#line.push(text.slice(start));
+    if (start < text.length) {
+      this.#line.push(text.slice(start));
+      this.#lineSize += text.length - start;
+      this.#check(this.#lineSize);
+    }
     return messages;
+  }
+
+  /** Bounds what is kept of an event that does not end. */
+  #check(size) {
+    if (size + this.#data.length <= MOST_EVENT) return;
+    this.#line = [];
+    this.#data = "";
+    throw new StreamError(`An event has more than ${MOST_EVENT / 1024 / 1024} Mi characters`, { code: "too_large" });
   }
 
   #field(line) {
@@ -119,9 +135,11 @@ export class EventParser {
     }
     const name = colon < 0 ? line : line.slice(0, colon);
     const value = colon < 0 ? "" : line.slice(line[colon + 1] === " " ? colon + 2 : colon + 1);
-    if (name === "data") this.#data += value + "\n";
-    else if (name === "event") this.#event = value;
-    else if (name === "id" && !value.includes("\0")) this.#id = value;
+    if (name === "data") {
+      this.#check(value.length);
+      this.#data += value + "\n";
+    } else if (name === "event") this.#event = value;
+    else if (name === "id" && value.length <= MOST_ID && !value.includes("\0")) this.#id = value;
     else if (name === "retry" && /^[0-9]+$/.test(value)) this.retry = Number(value);
   }
 
@@ -224,6 +242,20 @@ async function httpError(response, requestId) {
   return error;
 }
 
+const isRedirect = ({ type, status }) => type === "opaqueredirect" || [301, 302, 303, 307, 308].includes(status);
+
+/** A redirect is not followed: what was sent, a key perhaps, is for the host that was named. */
+function redirectError(response, requestId) {
+  const location = response.headers.get("Location"); // a browser does not show it
+  const place = location ? ` to ${location.split(/[?#]/)[0].replace(/\/\/[^/]*@/, "//").slice(0, 200)}` : "";
+  const status = response.status || undefined;
+  return new StreamError(`The answer is a redirect${place}, which is not followed: ask there if it is right`, {
+    code: "redirect",
+    status,
+    requestId,
+  });
+}
+
 /** Seconds; RFC 9110, section 10.2.3. */
 function retryAfter(value) {
   if (value === null) return undefined;
@@ -297,7 +329,7 @@ async function linger(reader, connection) {
 }
 
 function requestInit({ body, headers, credentials }) {
-  const init = { method: "GET", headers: new Headers(headers), cache: "no-store" };
+  const init = { method: "GET", headers: new Headers(headers), cache: "no-store", redirect: "manual" };
   if (!init.headers.has("Accept")) init.headers.set("Accept", "text/event-stream");
   if (credentials !== undefined) init.credentials = credentials;
   if (body === undefined || body === null) return init;
@@ -574,6 +606,7 @@ class EventStream {
       watch.seen();
       this.#mayRepeat = response.headers.get("x-should-retry") !== "false";
       this.#requestId = response.headers.get("X-Request-ID") ?? undefined;
+      if (isRedirect(response)) throw redirectError(response, this.#requestId);
       if (!response.ok) throw await httpError(response, this.#requestId);
       if (response.status === NO_MORE) {
         if (this.#options.endMarker === undefined && !this.#broken) return;

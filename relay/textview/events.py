@@ -95,6 +95,11 @@ class TextEvents:
         if text:
             self.ready.append(json_event("batch", {"content": text}))
 
+    @property
+    def finished(self) -> bool:
+        """Whether the model has said why it stopped: what there is of the answer is whole, mark or none."""
+        return self._answer.finished
+
     def without_mark(self) -> errors.RelayError | None:
         """The upstream's body has ended cleanly, without an end mark. None: the answer was complete all the same."""
         if self._answer.finished:

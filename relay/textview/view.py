@@ -32,6 +32,8 @@ _NEVER = float("inf")
 _MOST_OF_AN_ERROR = 64 * 1024
 #: Seconds that the upstream has to end its body after its end mark, so that its connection can be used again.
 _LAST_WORD = 1.0
+#: Seconds that an answer whose model has said why it stopped has for its end mark, and for its usage.
+_LAST_MARK = 2.0
 
 
 class TextView:
@@ -74,6 +76,7 @@ class TextView:
         hold_at = now + settings.hold if settings.hold and settings.heartbeat else _NEVER
         self._begin_at = now if presence is not None else hold_at
         self._beat_at = _NEVER
+        self._whole_at = _NEVER  # when it is done without an end mark
         self._slot_at = now  # when the next event of text may be sent
         self._interval = 1 / pace.events_per_second if pace.events_per_second else 0.0
         self._silent_since = now  # no text since then
@@ -137,7 +140,7 @@ class TextView:
         """Read on. None: nothing of it can be sent yet. Raises StreamCut when the client has gone."""
         stream = self._stream
         presence_at = _NEVER if self._presence is None else self._presence.look_at
-        stream.look_again(min(self._begin_at, self._beat_at, self._events.flush_at, presence_at))
+        stream.look_again(min(self._begin_at, self._beat_at, self._events.flush_at, self._whole_at, presence_at))
         try:
             data = next(stream)
         except StopIteration:
@@ -153,11 +156,17 @@ class TextView:
         if not self._heard and self._head.status:
             return self._answered(data)
         if data:
-            if self._events.feed(data):
-                self._answer_ended()
+            self._feed(data)
             if self._events.ready or self._last is not None:
                 return None
         return self._look(monotonic())
+
+    def _feed(self, data: bytes) -> None:
+        """Read what has come, and see whether the answer is whole with it, or soon."""
+        if self._events.feed(data):
+            self._answer_ended()
+        elif self._events.finished and self._whole_at == _NEVER:
+            self._whole_at = monotonic() + _LAST_MARK
 
     def _look(self, now: float) -> bytes | None:
         """See what the clocks call for."""
@@ -167,6 +176,9 @@ class TextView:
         if now >= self._events.flush_at:
             self._events.flush()
             return None
+        if now >= self._whole_at:
+            self._whole_at = _NEVER
+            return self._body_ended()
         if self._presence is not None and self._presence.missed():
             error = errors.HeartbeatMissed("no POST to stream/heartbeat came in time: the client seems to have gone")
             self._stream.finish(error)  # the upstream is let go at once
@@ -203,8 +215,8 @@ class TextView:
             self._refusal = bytearray()
             return self._hear_refusal(self._refusal, data)
         begun = None if self._begun else self._begin()
-        if data and self._events.feed(data):
-            self._answer_ended()
+        if data:
+            self._feed(data)
         # The head goes out at once, with the text that has come along.
         return begun if begun is None else begun + self._say()
 

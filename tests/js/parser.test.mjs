@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import test from "node:test";
 
-import { EventParser, textOf } from "../../relay/static/relay-client.js";
+import { EventParser, stream, textOf } from "../../relay/static/relay-client.js";
 
 const bytes = (text) => new TextEncoder().encode(text);
 const parse = (pieces, parser = new EventParser()) => pieces.flatMap((piece) => parser.push(piece));
@@ -163,4 +163,34 @@ test("textOf finds the text of every shape, and nothing else", () => {
   for (const [given, text] of table) assert.equal(textOf(given), text, JSON.stringify(given));
   assert.equal(textOf(message('{"choices": []}'), { plain: true }), '{"choices": []}');
   assert.equal(textOf(message("", "done"), { plain: true }), "");
+});
+
+test("a line or an event without end is an error, and not all of the memory", () => {
+  const mebi = "x".repeat(1024 * 1024);
+  for (const piece of [mebi, `data: ${mebi}\n`]) {
+    const parser = new EventParser();
+    const endless = () => {
+      for (let count = 0; count < 70; count += 1) parser.push(piece);
+    };
+    assert.throws(endless, { name: "StreamError", code: "too_large" });
+  }
+});
+
+test("an id that no server would take back is not remembered", () => {
+  const parser = new EventParser();
+  parser.push(bytes(`id: 7\ndata: a\n\nid: ${"8".repeat(100_000)}\ndata: b\n\n`));
+  assert.equal(parser.lastEventId, "7");
+});
+
+test("a redirect is not followed, and the error names where it leads, without secrets", async () => {
+  const asked = [];
+  const fetch = async (url, init) => {
+    asked.push([url, init.redirect]);
+    return new Response(null, { status: 307, headers: { Location: "https://me:pw@other.example/v1?key=secret" } });
+  };
+  const failure = await stream("http://relay.test/v1", { fetch, body: {} }).catch((error) => error);
+  assert.deepEqual([failure.code, failure.status], ["redirect", 307]);
+  assert.match(failure.message, /https:\/\/other\.example\/v1,/);
+  assert.doesNotMatch(failure.message, /secret|pw/);
+  assert.deepEqual(asked, [["http://relay.test/v1", "manual"]]);
 });
