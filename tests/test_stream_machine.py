@@ -446,7 +446,9 @@ def take_out_comments(received: bytes, body: bytes) -> tuple[int, int]:
 
 def error_told(life: Life) -> dict[str, str]:
     """The error that the relay told this client of, in a body or in a frame at its end; empty: none."""
-    found = re.search(rb'(?:\A|event: error\ndata: )(\{"error": [^\n]*\})(?:\n\n)?\Z', life.received)
+    found = re.search(
+        rb'(?:\A|event: error\ndata: )(\{(?:"type": "error", )?"error": [^\n]*\})(?:\n\n)?\Z', life.received
+    )
     if found is None:
         return {}
     error: dict[str, str] = json.loads(found[1])["error"]
@@ -462,7 +464,7 @@ def check(life: Life, scenario: Scenario) -> str:
     assert record.reason in REASONS
     assert [status.partition(" ")[0] for status, _ in life.heads] == ([str(record.status)] if record.status else [])
     error = error_told(life)
-    if error and not life.received.startswith(b'{"error"'):
+    if error and not life.received.startswith((b'{"error"', b'{"type": "error"')):
         _check_frame(life, error)
     elif error or record.status in (502, 503, 504):
         _check_refusal(life, error)
