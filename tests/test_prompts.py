@@ -184,6 +184,7 @@ def test_the_chat_request_is_built_and_its_stream_comes_back_as_it_is(place: Pla
     assert (ex.method, ex.target) == (b"POST", CHAT.encode())
     assert json.loads(ex.body) == {
         "model": "made-up", "messages": [{"role": "user", "content": "“Hello” 🐘"}], "stream": True,
+        "stream_options": {"include_usage": True},
     }  # fmt: skip
     assert ex.all("Content-Type") == [b"application/json"]
     assert ex.all("Accept") == [b"text/event-stream"]
@@ -199,7 +200,12 @@ def test_a_whole_conversation_may_stand_in_place_of_the_prompt(service: Place) -
     for path in ("/api/stream-chat", "/chat/stream"):
         assert service.ask(path, messages=messages).finish().ended == "clean"
         asked = json.loads(service.upstream.seen(CHAT)[-1].body)
-        assert asked == {"model": "gpt-4.1", "messages": messages, "stream": True}
+        assert asked == {
+            "model": "gpt-4.1",
+            "messages": messages,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
 
 
 def test_anthropics_api_is_asked_in_its_own_shape(upstream: Upstream) -> None:

@@ -68,7 +68,12 @@ class Prompt:
 
     def for_openai(self) -> tuple[str, bytes]:
         """Path below the upstream's URL and body of the request upstream, in OpenAI's shape."""
-        asked = {"model": self.model, "messages": self.messages, "stream": True}
+        asked = {
+            "model": self.model,
+            "messages": self.messages,
+            "stream": True,
+            "stream_options": {"include_usage": True},  # or the answer does not say what it has cost
+        }
         return "chat/completions", json.dumps(asked).encode()
 
     def for_anthropic(self) -> tuple[str, bytes]:
