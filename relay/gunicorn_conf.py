@@ -163,6 +163,8 @@ def _memory_folder() -> str | None:
 def _start(server: Any) -> None:
     _raise_file_limit()
     _tell_what_is_counted_apart(server)
+    if seen := environment.open_to_others(_as_given["values"]):
+        server.log.warning(seen)
     if weak := short_keys(_as_given["settings"].client_keys):
         server.log.warning(weak)
     # Workers count into files that whoever is asked for the metrics adds up. Each start begins with an empty folder:

@@ -108,7 +108,14 @@ def test_what_is_set_is_shown_as_it_was_written(tmp_path: Path) -> None:
     )
     shown = lines(
         relay(
-            tmp_path, "settings", RELAY_DRAIN="1m", RELAY_ADMIN_BIND="", PORT="8123", RELAY_ALLOW_ANONYMOUS="on"
+            tmp_path,
+            "settings",
+            "--env-file",
+            ".env",
+            RELAY_DRAIN="1m",
+            RELAY_ADMIN_BIND="",
+            PORT="8123",
+            RELAY_ALLOW_ANONYMOUS="on",
         ).stdout
     )
     assert shown["RELAY_UPSTREAM_URL"] == "https://api.example/v1"
@@ -158,9 +165,34 @@ def test_all_faults_are_told_and_the_status_is_that_of_a_wrong_configuration(tmp
 
 def test_a_dotenv_file_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / ".env").write_bytes(b"RELAY_DRAIN=\xff\xfe\n")
-    done = relay(tmp_path, "settings")
+    done = relay(tmp_path, "settings", "--env-file", ".env")
     assert done.returncode == os.EX_CONFIG
     assert ".env cannot be read" in done.stderr
+
+
+def test_a_strangers_dotenv_is_not_believed(tmp_path: Path) -> None:
+    """It could name the host that the key of the environment is sent to."""
+    (tmp_path / ".env").write_text("RELAY_UPSTREAM_URL=https://evil.example/v1\nRELAY_DRAIN=7\n")
+    done = relay(tmp_path, "settings", RELAY_UPSTREAM_KEY=KEY, RELAY_UPSTREAM_URL="https://api.example/v1")
+    assert lines(done.stdout)["RELAY_DRAIN"] == "25s (default)"
+    assert "--env-file .env reads it" in done.stderr
+    done = relay(tmp_path, "check-key", RELAY_UPSTREAM_KEY=KEY)
+    assert "RELAY_UPSTREAM_URL is not set" in done.stderr
+
+
+@pytest.mark.parametrize(("mode", "told"), [(0o644, True), (0o640, True), (0o600, False)])
+def test_files_with_keys_that_others_can_read_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, told: bool
+) -> None:
+    from relay.settings.environment import open_to_others
+
+    monkeypatch.chdir(tmp_path)
+    for name in (".env", "keys"):
+        (tmp_path / name).write_text(f"RELAY_UPSTREAM_KEY={KEY}\n")
+        (tmp_path / name).chmod(mode)
+    said = open_to_others({"RELAY_CLIENT_KEYS": "@keys"})
+    assert ("chmod 600 .env keys" in said) is told
+    assert KEY not in said
 
 
 # --- relay check-key

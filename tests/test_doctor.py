@@ -139,7 +139,7 @@ def looked_at(
 
         looks = {name: look(f"http://127.0.0.1:{port}", empty, "--json", **key) for name, port in ports.items()}
         looks["as text"] = look(f"{relay.base_url}/v1/chat/completions", empty, "--quick", "--key", KEY)
-        looks["beside"] = look(relay.base_url, beside, "--quick", "--json", **key)
+        looks["beside"] = look(*(relay.base_url, beside, "--quick", "--json", "--env-file", ".env"), **key)
         tls = f"ssl_certificate {certificate}; ssl_certificate_key {certificate};"
         for name, options in (("TLS alone", "ssl"), ("TLS and HTTP/2", "ssl http2")):
             listen = {"backlog=4096": f"backlog=4096 {options}"}
@@ -308,7 +308,7 @@ def test_a_name_that_the_relay_does_not_answer_to(tmp_path: Path) -> None:
 def test_the_services_own_mount_is_tried_first(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("RELAY_MOUNT=/api/llm\n")
     with servers.gunicorn({"RELAY_MOUNT": "/api/llm", "RELAY_CLIENT_KEYS": KEY}) as relay:
-        done = doctor(relay.base_url, tmp_path, "--json")
+        done = doctor(relay.base_url, tmp_path, "--json", "--env-file", ".env")
     assert names(done) == ["key_needed"]
     assert json.loads(done.stdout)["url"] == f"{relay.base_url}/api/llm"
 

@@ -1,6 +1,6 @@
 """The command `relay`: what an operator asks on the machine that the service runs on, and what anybody asks a relay.
 
-It reads the settings that the service would read there: the environment, and `.env` in the working directory. It
+It reads the environment and, if told with `--env-file`, a file such as the service's `.env`. It
 starts nothing, and no line that it prints holds a key. Every failure is a sentence and an exit status.
 """
 
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from relay.cli.chat import chat
-from relay.cli.doctor.command import doctor
+from relay.cli.doctor.command import doctor, env_file
 from relay.version import __version__
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ _ACCEPTED, _REJECTED, _UNREACHABLE, _UNDECIDED = range(4)
 def commands() -> None:
     """Carries an upstream's Server-Sent Events to a client byte for byte, the moment they arrive.
 
-    `settings` and `check-key` look at the settings of the service: the environment, and .env in the working
-    directory. The service itself is started with gunicorn: gunicorn -c python:relay.gunicorn_conf
+    `settings` and `check-key` look at the settings of the service: the environment and, with --env-file .env, that
+    file. The service itself is started with gunicorn: gunicorn -c python:relay.gunicorn_conf
     """
 
 
@@ -41,14 +42,15 @@ commands.add_command(doctor)
 
 @commands.command("settings", short_help="Check the settings of the service and print them.")
 @click.option("-v", "--verbose", is_flag=True, help="Say what each setting means and takes, too.")
-def show_settings(*, verbose: bool) -> None:
+@env_file
+def show_settings(*, verbose: bool, env_file: Path | None) -> None:
     """Check the settings that the service would start with, and print them.
 
     A value that may be secret is not shown. Exit status 78 if any setting is wrong, after all faults.
     """
     from relay.settings import GROUPS
 
-    given, settings = _settings()
+    given, settings = _settings(env_file)
     for number, (group, members) in enumerate(GROUPS):
         click.secho(f"{chr(10) if number else ''}{group}", bold=True)
         for setting in members:
@@ -70,13 +72,14 @@ def _value(setting: Setting, given: Mapping[str, object], settings: Settings) ->
 
 
 @commands.command("check-key", short_help="Ask the upstream whether it takes the key.")
-def check_key() -> None:
+@env_file
+def check_key(*, env_file: Path | None) -> None:
     """Ask the upstream whether it takes the key: GET RELAY_HEALTH_PATH, which costs nothing.
 
     Exit status 0: it does. 1: it refuses the key. 2: it cannot be reached. 3: it answers, but with something that
     says nothing of the key. 78: a setting is wrong, or there is no key. The key is never printed.
     """
-    _, settings = _settings()
+    _, settings = _settings(env_file)
     if settings.upstream_url is None:
         _fail("RELAY_UPSTREAM_URL is not set: there is only the demo upstream, which needs no key.", os.EX_CONFIG)
     if not settings.adds_key:
@@ -116,13 +119,15 @@ def check_key() -> None:
     click.echo(f"{host} takes the upstream key: it answered {status} to {asked} after {took:.0f} ms.")
 
 
-def _settings() -> tuple[Mapping[str, object], Settings]:
+def _settings(file: Path | None) -> tuple[Mapping[str, object], Settings]:
     """What is set, and the settings that it comes to. Ends with status 78 and every fault if some are wrong."""
     from relay.settings import Settings, SettingsError
-    from relay.settings.environment import environment
+    from relay.settings.environment import read
 
+    if file is None and Path(".env").is_file():
+        click.echo("Note: .env is not read; --env-file .env reads it.", err=True)
     try:
-        given = environment()
+        given: dict[str, object] = dict(read(file))
         return given, Settings.from_mapping(given, service=True)
     except SettingsError as fault:
         _fail(str(fault), os.EX_CONFIG)

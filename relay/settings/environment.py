@@ -6,6 +6,7 @@ sees the file as it is then.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,15 +21,17 @@ def environment() -> dict[str, object]:
     return dict(read() if _held is None else _held)
 
 
-def read() -> dict[str, str]:
-    """The environment over the working directory's `.env`. Without python-dotenv a `.env` is left alone.
+def read(file: Path | None = Path(".env")) -> dict[str, str]:
+    """The environment over a file, for the service `.env` in its folder. Without python-dotenv there is none.
+
+    `file` None: the environment alone. Whoever made a folder could name the upstream there that a key is sent to, so
+    that commands read a file only when they are told to.
 
     Values in the file are taken literally: `${…}` in a key is part of the key. A name without `=` sets nothing. Raises
     SettingsError for a file that cannot be read.
     """
     values: dict[str, str] = {}
-    file = Path(".env")
-    if file.is_file():
+    if file is not None and file.is_file():
         try:
             from dotenv import dotenv_values
         except ModuleNotFoundError:
@@ -37,10 +40,28 @@ def read() -> dict[str, str]:
             try:
                 found = dotenv_values(file, interpolate=False, encoding="utf-8-sig")
             except (OSError, UnicodeDecodeError) as error:
-                raise SettingsError((f".env cannot be read: {error}",)) from error
+                raise SettingsError((f"{file} cannot be read: {error}",)) from error
             values.update({name: value for name, value in found.items() if value is not None})
     values.update(os.environ)
     return values
+
+
+def open_to_others(values: Mapping[str, object]) -> str:
+    """A sentence if a file with secrets can be read by other users of this machine, else an empty one."""
+    files = [Path(".env")]
+    keys, certificate = str(values.get("RELAY_CLIENT_KEYS", "")).strip(), values.get("RELAY_UPSTREAM_CERT")
+    if keys.startswith("@"):
+        files.append(Path(keys[1:]))
+    if certificate:
+        files.append(Path(str(certificate)))
+    found = []
+    for file in files:
+        with contextlib.suppress(OSError):
+            if file.stat().st_mode & 0o077 and (file.name != ".env" or b"KEY" in file.read_bytes()):
+                found.append(str(file))
+    if not found:
+        return ""
+    return f"{', '.join(found)}: other users of this machine can read the keys in it; chmod 600 {' '.join(found)}"
 
 
 def hold(values: Mapping[str, object]) -> None:

@@ -36,6 +36,13 @@ def error_frame(error_json: str) -> bytes:
     return b"event: error\ndata: " + error_json.encode() + b"\n\n"
 
 
+#: The id of an answer that failed for good. An EventSource connects again after whatever end and sends it back; that
+#: request gets 204, which stops it (WHATWG HTML section 9.2.3). No upstream has it.
+GAVE_UP = "relay-gave-up"
+#: Goes before an error frame's event: come back in a day, and with that id.
+FOR_GOOD = b"retry: 86400000\nid: relay-gave-up\n"
+
+
 class Tracker:
     """Knows where the last byte of an event stream stands, whatever pieces the bytes came in."""
 

@@ -29,6 +29,14 @@ _USUAL_SILENCES = (30, 60, 100)
 _KEY = "RELAY_CLIENT_KEY"
 
 
+#: Of each command that looks at the service's settings.
+env_file = click.option(
+    "--env-file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Read this file's settings beneath the environment, as the service reads its .env.",
+)
+
+
 @click.command("doctor", short_help="Look at a chain of proxies from the client's end.")
 @click.argument("url")
 @click.option("--key", metavar="KEY", help=f"A client key, if the relay wants one. Better in {_KEY}: ps shows this.")
@@ -37,15 +45,24 @@ _KEY = "RELAY_CLIENT_KEY"
 @click.option("--quick", is_flag=True, help="Try no silence at all: it takes seconds.")
 @click.option("--insecure", is_flag=True, help="Go on if the certificate is not trusted. Sends the key, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@env_file
 def doctor(
-    *, url: str, key: str | None, headers: tuple[str, ...], silence: bool, quick: bool, insecure: bool, as_json: bool
+    *,
+    url: str,
+    key: str | None,
+    headers: tuple[str, ...],
+    silence: bool,
+    quick: bool,
+    insecure: bool,
+    as_json: bool,
+    env_file: Path | None,
 ) -> None:
     """Look at the chain that leads to the relay at URL (with its mount: https://relay.example.com/v1), and say what
     is wrong with it, and what to do.
 
     It asks the relay for streams whose times are known, and sees what becomes of them on the way: held back,
     compressed, cached, cut. Takes about as long as the relay may be silent (RELAY_HOLD, RELAY_HEARTBEAT). In the
-    folder of the service it checks the settings, too.
+    environment of the service, and with its --env-file, it checks the settings, too.
 
     Exit status 0: nothing was found. 1: there are findings. 2: no relay was reached, or the command is wrong.
     130: Ctrl-C.
@@ -64,7 +81,7 @@ def doctor(
     wishes = Wishes(
         headers=_headers(key, headers), with_key=bool(key), silences=_USUAL_SILENCES if silence else (), quick=quick
     )
-    faults, settings = _beside_the_service()
+    faults, settings = _beside_the_service(env_file)
     if settings is not None:
         wishes.mount = settings.mount
     try:
@@ -95,15 +112,14 @@ def _headers(key: str | None, given: tuple[str, ...]) -> list[tuple[str, str]]:
     return headers
 
 
-def _beside_the_service() -> tuple[tuple[str, ...], Settings | None]:
-    """The faults of the settings in this folder and environment, and the settings; nothing where there are none."""
+def _beside_the_service(file: Path | None) -> tuple[tuple[str, ...], Settings | None]:
+    """The faults of the settings in this environment and file, and the settings; nothing where there are none."""
     from relay.settings import Settings, SettingsError
-    from relay.settings.environment import environment
+    from relay.settings.environment import read
 
     try:
-        given = environment()
-        if _KEY in os.environ:  # the doctor's own; a setting of this name there is not
-            del given[_KEY]
+        given: dict[str, object] = dict(read(file))
+        given.pop(_KEY, None)  # the doctor's own
         if not any(name.startswith("RELAY_") for name in given):
             return _dotenv_unread(), None
         return _dotenv_unread(), Settings.from_mapping(given, service=True)

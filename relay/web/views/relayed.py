@@ -19,6 +19,7 @@ from relay.web.intake import Body, Intake
 from relay.web.request import Wish, expected_body, raw_target, wish_for_events, without_body
 from relay.web.views import answers, calls
 from relay.web.views.calls import Call
+from relay.wire.sse import GAVE_UP
 from relay.wire.target import METHODS, bad_target
 
 if TYPE_CHECKING:
@@ -39,10 +40,7 @@ def relay_request(mount: Mount, rest: str) -> Response:
 
     Only then is the body read, and what needs it done: nothing of the app's is kept for a client that uploads slowly.
     """
-    if rest == "_relay" or rest.startswith("_relay/"):
-        raise errors.NotFound("the relay serves nothing at this path, and what is below _relay/ never goes upstream")
-    if mount.beside(current_app):
-        leave_to_the_app(rest)
+    _check_place(mount, rest)
     settings = mount.settings
     call = Call(mount)
     asked, environ = call.asked, call.environ
@@ -55,6 +53,8 @@ def relay_request(mount: Mount, rest: str) -> Response:
     if fault:
         raise errors.BadRequest(fault, code="bad_path")
     call.permit(method, path)
+    if method == "GET" and environ.get("HTTP_LAST_EVENT_ID") == GAVE_UP:
+        return answers.empty(204)
     if method in ("GET", "HEAD") and mount.settings.adds_key and not _FREE_GET.fullmatch(path):
         call.paid_get()
     call.count()
@@ -99,6 +99,14 @@ def _asked(body: Body, kind: str, coding: str, *, every: bool) -> Generator[None
     if body and not every and len(body) <= _SHORT and body[:1] == b"{":
         return parse_json(body)
     return (yield from scan(body, kind))
+
+
+def _check_place(mount: Mount, rest: str) -> None:
+    """Raise what is the relay's own 404, or the app's 405, for a path that only fell through to here."""
+    if rest == "_relay" or rest.startswith("_relay/"):
+        raise errors.NotFound("the relay serves nothing at this path, and what is below _relay/ never goes upstream")
+    if mount.beside(current_app):
+        leave_to_the_app(rest)
 
 
 def leave_to_the_app(_rest: str) -> None:
