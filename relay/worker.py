@@ -107,19 +107,20 @@ class Worker(GeventWorker):  # type: ignore[misc]
             client.__class__ = _Client
         self._clients.add(client)
         self._idle[client] = time.monotonic()
-        _heads.add(client)
+        _heads[client] = _Head()
         try:
             super().handle(listener, client, addr)
         finally:
             self._clients.discard(client)
             self._idle.pop(client, None)
             _held.pop(client, None)
-            _heads.discard(client)
+            _heads.pop(client, None)
+            _tails.pop(client, None)
             _waiting.discard(client)
 
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
         self._idle.pop(sock, None)
-        _heads.discard(sock)
+        _heads.pop(sock, None)
         _check_coding(req)
         req.version = min(req.version, (1, 1))  # gunicorn would answer HTTP/1.2 in HTTP/1.2 (RFC 9110 section 2.5)
         _untie(req)
@@ -136,7 +137,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
             # A head that went out before the drain had no `Connection: close`; what came next here would be too late.
             raise StopIteration
         self._idle[sock] = now
-        _heads.add(sock)
+        _heads[sock] = _Head()
 
     # Stopping.
 
@@ -269,8 +270,20 @@ def _count_as(pid: int) -> None:
         values.ValueClass = values.MultiProcessValue(lambda: pid)  # type: ignore[no-untyped-call]
 
 
-#: The clients whose next bytes are a request's head.
-_heads: set[Any] = set()
+class _Head:
+    """The request's head that a client is about to send: how much of it has come, and since when."""
+
+    __slots__ = ("began", "size")
+
+    def __init__(self) -> None:
+        self.began: float | None = None  # monotonic seconds
+        self.size = 0
+
+
+#: By client: the head that comes next, and the last bytes that were read. gunicorn may hold the beginning of a head
+#: already, which came with what was before it, so that the end of a head may lie in what is read and the bytes before.
+_heads: dict[Any, _Head] = {}
+_tails: dict[Any, bytes] = {}
 #: The clients that send their body once they are told to (`Expect: 100-continue`).
 _waiting: set[Any] = set()
 #: What `join_next` holds back of each client's: None while nothing has been written yet.
@@ -287,31 +300,33 @@ class _Client(gevent.socket.socket):  # type: ignore[misc]
         """While a request's head comes: all of it at once, within its time and size. gunicorn's parser looks through
         what it has at each piece, and a head that dribbles would cost the square of its length."""
         data: bytes = super().recv(*args)
-        if self not in _heads:
+        head = _heads.get(self)
+        if head is None:
+            _tails[self] = data[-3:]
             return data
-        head = bytearray(data)
-        began, before = time.monotonic(), self.gettimeout()
+        read = bytearray(_tails.get(self, b""))
+        before, patience = len(read), self.gettimeout()
+        head.began = head.began or time.monotonic()
         try:
-            while data and head.find(b"\r\n\r\n", max(len(head) - len(data) - 3, 0)) < 0:
-                if len(head) > _MOST_HEAD:
-                    raise HeadTooLarge
-                left = began + _HEAD_TIME - time.monotonic()
+            while True:
+                seen = max(len(read) - 3, 0)
+                read += data
+                head.size += len(data)
+                if not data or read.find(b"\r\n\r\n", seen) >= 0:
+                    break
+                if head.size > _MOST_HEAD:
+                    raise HeadTooLarge if b"\n" in read else http_errors.LimitRequestLine(head.size, _MOST_HEAD)
+                left = head.began + _HEAD_TIME - time.monotonic()
                 if left <= 0:
                     raise HeadTooSlow
                 self.settimeout(left)
                 data = super().recv(*args)
-                head += data
         except TimeoutError:
             raise HeadTooSlow from None
         finally:
-            self.settimeout(before)
-        return bytes(head)
-
-    def say_continue(self) -> None:
-        """Ask for the body of the present request, if its client waits for that."""
-        if self in _waiting:
-            _waiting.discard(self)
-            self.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.settimeout(patience)
+        _tails[self] = bytes(read[-3:])
+        return bytes(read[before:])
 
     def join_next(self) -> None:
         """Let the next `sendall` wait for the one after it, which comes at once: one packet, and one wake-up of the

@@ -59,6 +59,25 @@ def test_a_head_that_comes_byte_by_byte_is_served(service: tuple[Upstream, serve
         assert connection.read_head().finish().data == b""
 
 
+@pytest.mark.parametrize("cut", [1, 2, 3, 10])
+@pytest.mark.parametrize("before", [b"GET", b"POST"])
+def test_a_head_whose_beginning_came_with_the_request_before_is_served(
+    service: tuple[Upstream, servers.Gunicorn], before: bytes, cut: int
+) -> None:
+    """gunicorn holds that beginning already, and the end of it lies in what it holds and in what comes."""
+    upstream, relay = service
+    path = upstream.serve(lambda ex: ex.reply(ex.body or b"none"))
+    target = f"/v1{path}".encode()
+    first = before + b" " + target + b" HTTP/1.1\r\nHost: localhost\r\n"
+    first += b"Content-Length: 4\r\n\r\nbody" if before == b"POST" else b"\r\n"
+    second = b"GET " + target + b" HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with Connection(relay.port) as connection:
+        connection.raw(first + second[:-cut])
+        assert connection.read_head().finish().data == (b"body" if before == b"POST" else b"none")
+        connection.raw(second[-cut:])
+        assert connection.read_head().finish().data == b"none"
+
+
 @pytest.mark.parametrize(
     "head",
     [
@@ -198,11 +217,15 @@ def test_a_log_that_nobody_reads_stops_nothing() -> None:
     assert lines[-2]["lines"] + len(lines) - 1 == 2001
 
 
-def test_a_line_that_would_not_fit_is_told_of() -> None:
+def test_the_fields_of_a_line_that_would_not_fit_are_cut() -> None:
     read, write = os.pipe()
     try:
-        log._Output(write)({"event": "request", "text": "x" * 10_000})
-        assert json.loads(os.read(read, 1 << 20))["event"] == "log_line_too_long"
+        output = log._Output(write)
+        output._lost = 7
+        output({"event": "request", "request_id": "its-id", "text": "x" * 10_000})
+        lost, line = os.read(read, 1 << 20).splitlines()
+        assert json.loads(lost)["lines"] == 7
+        assert json.loads(line) == {"event": "request", "request_id": "its-id", "text": "x" * 200}
     finally:
         os.close(read)
         os.close(write)

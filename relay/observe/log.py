@@ -49,7 +49,9 @@ _emit: Callable[[dict[str, Any]], None] = _to_logger
 
 
 #: Bytes that a pipe with room for any takes at once, so that they neither wait nor mix with others' (POSIX, PIPE_BUF).
-_ATOMIC = select.PIPE_BUF
+_LONGEST = select.PIPE_BUF - 200
+#: Characters that are left of each field of a longer line.
+_CUT = 200
 
 
 def _room(descriptor: int) -> Callable[[], bool]:
@@ -79,12 +81,9 @@ class _Output:
         self._has_room = _room(descriptor)
 
     def __call__(self, line: dict[str, Any]) -> None:
-        text = self._format(line) + "\n"
+        data = self._bytes(line)
         if self._lost:
-            text = self._format({"event": "log_lines_lost", "lines": self._lost}) + "\n" + text
-        data = text.encode()
-        if len(data) > _ATOMIC:
-            data = (self._format({"event": "log_line_too_long", "bytes": len(data)}) + "\n").encode()
+            data = self._bytes({"event": "log_lines_lost", "lines": self._lost}) + data
         try:
             if not self._has_room():
                 self._lost += 1
@@ -94,6 +93,14 @@ class _Output:
             self._lost += 1
         else:
             self._lost = 0
+
+    def _bytes(self, line: dict[str, Any]) -> bytes:
+        """A line that a pipe takes at once, with one that tells of lost lines before it: its long fields are cut."""
+        data = (self._format(line) + "\n").encode()
+        if len(data) > _LONGEST:
+            cut = {name: value[:_CUT] if isinstance(value, str) else value for name, value in line.items()}
+            data = (self._format(cut) + "\n").encode()[-_LONGEST:]
+        return data
 
 
 def for_people(line: dict[str, Any]) -> str:
