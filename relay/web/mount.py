@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from relay.gate.keys import ClientKeys, is_google
@@ -21,6 +21,7 @@ from relay.stream import waiting
 from relay.stream.drain import drain
 from relay.upstream.endpoint import Upstream
 from relay.upstream.health import Health
+from relay.web import server
 from relay.wire.headers import RequestHeaders, check_field
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Mount:
         )
         self.body_memory = max(settings.body_memory, settings.max_body)  # or one of that size would never pass
         self._on_end = on_end
+        self.knows_server = False  # what it lacks has been said: at the first stream
         self._beside: bool | None = None  # known once the app has its rules: at the first request
         self.wants_model = on_end is not None  # the record of a stream names model and tenant only for the hook
         #: A chat request goes upstream in Anthropic's shape and not in OpenAI's.
@@ -109,19 +111,16 @@ class Mount:
         """Made at the first request: only then is it certain on what kind of server this runs."""
         settings = self.settings
         wanted = settings.max_streams
-        if wanted is None and waiting.cooperative():
-            wanted = _DEFAULT_STREAMS
-        elif wanted is None:
-            wanted = _DEFAULT_STREAMS_IN_THREADS
-            log.logger.warning(
-                "relay %r serves %d streams at a time: on this server each takes a thread, and the rest of the app "
-                "needs some too. Set RELAY_MAX_STREAMS for another number, or use gevent workers.",
-                self.name,
-                wanted,
-            )
+        if wanted is None:
+            wanted = _DEFAULT_STREAMS if waiting.cooperative() else _DEFAULT_STREAMS_IN_THREADS
         most = settings.max_streams_per_client
         shared = Leases(self._store, self.name, most) if self._store is not None and most else None
         return Admission(min(wanted, streams_that_files_allow()), most, shared)
+
+    def look_at_server(self, environ: Mapping[str, Any], client: Any) -> None:
+        """At the first stream: say what the server cannot guarantee. `client`: its socket, or None."""
+        self.knows_server = True
+        server.warn(environ, client, streams=self.admission.maximum if self.settings.max_streams is None else None)
 
     def beside(self, app: Flask) -> bool:
         """Whether the app has rules of its own that may know paths below the mount."""

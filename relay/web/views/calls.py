@@ -136,6 +136,9 @@ def stream(
     method, host, request_id = str(environ["REQUEST_METHOD"]), str(environ.get("HTTP_HOST", "")), record.request_id
     beside = shows_key_beside_authorization(environ)
     checks = not mount.settings.transparent
+    client = answers.client_socket(environ)
+    if not mount.knows_server:
+        mount.look_at_server(environ, client)
 
     def present(status: int, headers: Headers) -> Headers:
         if checks and 300 < status < 400:
@@ -147,7 +150,7 @@ def stream(
         record,
         settings or mount.settings,
         start_response,
-        client=answers.client_socket(environ),
+        client=client,
         http10=environ.get("SERVER_PROTOCOL") == "HTTP/1.0",
         present=present,
         admission=mount.admission,
