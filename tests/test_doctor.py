@@ -25,7 +25,7 @@ from harness.upstream import Upstream
 
 from relay.cli.doctor import command, hops
 from relay.cli.doctor.findings import Observations, findings
-from relay.cli.doctor.probe import Answer, Target, Unreachable, get
+from relay.cli.doctor.probe import Answer, Target, Unreachable, get, idle_until_closed
 from relay.cli.doctor.timeline import Timeline, read
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ CHAINS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "HTTP/1.0 to the relay": ({"replace": HTTP10}, ["http10"]),
     "buffering and HTTP/1.0": ({"replace": {**BUFFERED, **HTTP10}}, ["buffered", "http10"]),
     "a read time-out of 2 s": ({"replace": {"proxy_read_timeout 660s;": "proxy_read_timeout 2s;"}}, ["silence_cut"]),
+    "a keep-alive of 2 s": ({"replace": {"keepalive_timeout 65s;": "keepalive_timeout 2s;"}}, ["short_keep_alive"]),
     "a cache": (
         {
             "replace": {
@@ -377,7 +378,8 @@ def test_a_mounted_relay_with_a_login_on_plain_threads(tmp_path: Path, upstream:
     )
     env = {"PYTHONPATH": str(tmp_path), "UPSTREAM": upstream.base_url}
     (tmp_path / "elsewhere").mkdir(exist_ok=True)
-    with servers.gunicorn(env, "shop:app", None, ["-k", "gthread", "--threads", "8"], ready=None) as shop:
+    arguments = ["-k", "gthread", "--threads", "8", "--keep-alive", "65"]
+    with servers.gunicorn(env, "shop:app", None, arguments, ready=None) as shop:
         url = f"http://127.0.0.1:{shop.port}/ai"
         done = doctor(f"{url}/chat/completions", tmp_path / "elsewhere", "--json", "--header", f"X-Login: {KEY}")
         assert (done.returncode, names(done)) == (0, []), done.stdout
@@ -579,6 +581,13 @@ def test_a_time_out_is_measured_against_the_heartbeat(after: float, finding: str
     assert f"{after:g}" in one.explanation
 
 
+def test_an_idle_connection_that_is_closed_soon() -> None:
+    (one,) = findings(Observations(pace=timeline(STEADY), kept=2.04))
+    assert one.name == "short_keep_alive"
+    assert "2.0 s" in one.explanation
+    assert "--keep-alive 65" in one.cure
+
+
 def test_an_edge_without_http2_and_a_stored_answer() -> None:
     assert found(Observations(pace=timeline(STEADY), http2=False)) == ["no_http2"]
     assert found(Observations(pace=timeline(STEADY), http2=True)) == []
@@ -678,6 +687,35 @@ def test_a_body_that_stands_still_is_not_waited_for_for_ever() -> None:
     with answering(HEAD + b"3\r\nabc\r\n", wait=None) as target:
         answer = get(target, "/", [], patience=0.3)
         assert (answer.body, answer.ended) == (b"abc", "waiting")
+
+
+LENGTH = b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "seen"),
+    [
+        pytest.param(LENGTH + b"\r\na", True, id="without a word"),
+        pytest.param(LENGTH + b"Connection: Close\r\n\r\na", False, id="it says so"),
+        pytest.param(b"HTTP/1.0 200 OK\r\nContent-Length: 1\r\n\r\na", False, id="HTTP 1.0"),
+        pytest.param(b"HTTP/1.1 200 OK\r\n\r\na", False, id="the end of the body"),
+    ],
+)
+def test_a_connection_that_the_server_closes(answer: bytes, seen: bool) -> None:
+    with answering(answer) as target:
+        kept = idle_until_closed(target, "/", [], patience=5, most=10)
+        assert kept is None if not seen else kept is not None and kept < 5
+
+
+def test_a_connection_that_the_server_keeps() -> None:
+    with answering(LENGTH + b"\r\na", wait=None) as target:
+        assert idle_until_closed(target, "/", [], patience=5, most=0.1) is None
+
+
+def test_gunicorns_own_keep_alive_is_short() -> None:
+    with servers.gunicorn({}, "wsgi:app", None, ["-k", "gevent"], ready=None) as server:
+        target = Target("http", "127.0.0.1", server.port, "")
+        assert idle_until_closed(target, "/health/live", [], patience=10, most=10) is not None
 
 
 @pytest.mark.parametrize("said", [b"", b"SSH-2.0-OpenSSH_9.2\r\n", b"HTTP/1.1 200", b"HTTP/1.1 twenty\r\n\r\n"])

@@ -174,6 +174,7 @@ def _report(found: Examination, every: list[Finding]) -> dict[str, Any]:
             "content_encoding": pace.encoding or None,
             "ended": pace.ended,
             "heartbeat": seen.heartbeat,
+            "keep_alive": None if seen.kept is None else round(seen.kept, 1),
             "relay_saw": pace.told.get("seen"),
             "relay_version": pace.told.get("version"),
             "headers": pace.answer.headers,

@@ -29,6 +29,9 @@ _PATIENCE = 15.0
 #: The silence tried in any case is longer than the relay's own by so much, and by a second.
 _BEYOND = 1.05
 _LONGEST_SILENCE = 120.0
+#: Seconds for which an idle connection is looked at. What closes it earlier is shorter than what usual clients and
+#: proxies keep (5 s in httpx and Node, 60 s in nginx): they send while it is being closed.
+_IDLE = 4.5
 #: What is tried where a URL names no mount: the service's default, and one that is mounted at the root.
 _MOUNTS = ("/v1", "")
 _BUSY = 3  # times that a relay which says "too many" is asked again
@@ -80,8 +83,10 @@ def examine(target: Target, wishes: Wishes, progress: Progress) -> Examination:
     with _Clock(longest, progress):
         waiting = [(seconds, _beside(_silence, found.target, wishes, seconds)) for seconds in silences]
         sized = _beside(_ticks, found.target, wishes, _once(f"{_PACE}&framing=length"), _PATIENCE)
+        kept = None if wishes.quick else _beside(_kept, found.target, wishes)
         _measure(found, wishes)
         seen.sized = sized.result()
+        seen.kept = kept.result() if kept is not None else None
         for seconds, future in waiting:
             timeline = future.result()
             if timeline is not None and timeline.is_of_the_relay:
@@ -222,6 +227,13 @@ def _silences(first: Timeline, wishes: Wishes, notes: list[str]) -> list[float]:
 def _silence(target: Target, wishes: Wishes, seconds: float) -> Timeline | None:
     try:
         return _ticks(target, wishes, _once(f"n=2&ms=10&silence={seconds:.0f}"), seconds + _PATIENCE)
+    except Unreachable:
+        return None
+
+
+def _kept(target: Target, wishes: Wishes) -> float | None:
+    try:
+        return probe.idle_until_closed(target, "/_relay/health/live", wishes.headers, patience=_PATIENCE, most=_IDLE)
     except Unreachable:
         return None
 

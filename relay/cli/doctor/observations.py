@@ -36,6 +36,7 @@ class Observations:
     broken: Timeline | None = None  # one that the relay broke off on purpose
     silences: list[tuple[float, Timeline]] = field(default_factory=list)  # seconds of silence asked for
     http2: bool | None = None
+    kept: float | None = None  # seconds after which an idle connection was closed without a word; None: none was
     health: dict[str, Any] | None = None
     health_answer: Answer | None = None
     settings_faults: tuple[str, ...] = ()

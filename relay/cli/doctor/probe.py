@@ -85,6 +85,7 @@ class Answer:
     head_at: float
     pieces: list[tuple[float, bytes]] = field(default_factory=list)
     ended: Ended = "cut"
+    delimited: bool = True  # its end does not need that of the connection
     ended_at: float = 0.0
 
     def header(self, name: str) -> str:
@@ -109,23 +110,46 @@ def get(target: Target, path: str, headers: list[tuple[str, str]], *, patience: 
     `patience`: seconds for all of the head, then seconds without any byte after which the body is not waited for any
     longer. Raises Unreachable if no answer begins.
     """
-    sock = _connect(target, ["http/1.1"])
-    with sock:
-        lines = [
-            f"GET {target.path}{path} HTTP/1.1",
-            f"Host: {target.authority}",
-            f"User-Agent: relay-doctor/{__version__}",
-            "Connection: close",
-            *(f"{name}: {value}" for name, value in headers),
-        ]
-        request = "\r\n".join([*lines, "", ""]).encode("latin-1")
-        sock.settimeout(patience)
+    with _connect(target, ["http/1.1"]) as sock:
+        return _ask(sock, target, path, [("Connection", "close"), *headers], patience)
+
+
+def idle_until_closed(
+    target: Target, path: str, headers: list[tuple[str, str]], *, patience: float, most: float
+) -> float | None:
+    """Seconds for which the server keeps a connection after an answer, idle; None: for longer than `most`, or it does
+    not keep any and says so. Raises Unreachable if no answer begins."""
+    with _connect(target, ["http/1.1"]) as sock:
+        answer = _ask(sock, target, path, headers, patience)
+        said = answer.header("connection").lower()
+        if answer.version != "HTTP/1.1" or "close" in said or answer.ended != "clean" or not answer.delimited:
+            return None
         began = time.monotonic()
+        sock.settimeout(most)
         try:
-            sock.sendall(request)
-        except OSError as error:
-            raise Unreachable(f"{target.authority} broke the connection off: {_why(error)}") from None
-        return _read(sock, target, began)
+            sock.recv(1)  # no more than its end can come, or a 408 before it
+        except TimeoutError:
+            return None
+        except OSError:  # a reset is an end too
+            pass
+        return time.monotonic() - began
+
+
+def _ask(sock: socket.socket, target: Target, path: str, headers: list[tuple[str, str]], patience: float) -> Answer:
+    lines = [
+        f"GET {target.path}{path} HTTP/1.1",
+        f"Host: {target.authority}",
+        f"User-Agent: relay-doctor/{__version__}",
+        *(f"{name}: {value}" for name, value in headers),
+    ]
+    request = "\r\n".join([*lines, "", ""]).encode("latin-1")
+    sock.settimeout(patience)
+    began = time.monotonic()
+    try:
+        sock.sendall(request)
+    except OSError as error:
+        raise Unreachable(f"{target.authority} broke the connection off: {_why(error)}") from None
+    return _read(sock, target, began)
 
 
 def _connect(target: Target, protocols: list[str]) -> socket.socket:
@@ -205,6 +229,7 @@ def _read(sock: socket.socket, target: Target, began: float) -> Answer:
 def _body(sock: socket.socket, answer: Answer, data: bytes, began: float) -> None:
     """Read the body, as far as it comes."""
     framing = _framing(answer)
+    answer.delimited = not framing.until_close
     size = 0
     at = answer.head_at
     while True:

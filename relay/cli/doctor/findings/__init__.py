@@ -23,5 +23,6 @@ def findings(seen: Observations) -> list[Finding]:
         found += protocol.hop_before(seen, seen.pace)
         found += silence.time_outs(seen)
     found += protocol.edge(seen)
+    found += protocol.keep_alive(seen)
     found += service.health(seen)
     return found

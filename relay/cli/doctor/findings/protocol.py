@@ -1,4 +1,5 @@
-"""How the hops speak: HTTP/1.0, in which an end cannot be told from a cut, and no HTTP/2 at the edge. No I/O."""
+"""How the hops speak: HTTP/1.0, in which an end cannot be told from a cut, no HTTP/2 at the edge, and connections that
+are kept too briefly. No I/O."""
 
 from __future__ import annotations
 
@@ -64,5 +65,21 @@ def edge(seen: Observations) -> list[Finding]:
             "The edge does not offer HTTP/2. Browsers open six connections to a host without it, and each stream is "
             "one: the seventh tab waits.",
             "Turn it on where TLS ends (in nginx `listen 443 ssl http2;`, from 1.25.1 `http2 on;`).",
+        )
+    ]
+
+
+def keep_alive(seen: Observations) -> list[Finding]:
+    """How long the edge keeps a connection that nobody uses."""
+    if seen.kept is None:
+        return []
+    return [
+        Finding(
+            "short_keep_alive",
+            f"The server at this address closes a connection that was idle for {seen.kept:.1f} s. A client, or a proxy "
+            "in front, that sends its next request at that moment gets an error, a 502 of the proxy's: a POST is not "
+            "sent again by itself.",
+            "Let it keep connections for longer than those in front of it do: gunicorn with `--keep-alive 65` (the "
+            "service: RELAY_KEEPALIVE), nginx with `keepalive_timeout 65s;`.",
         )
     ]
