@@ -29,7 +29,8 @@ TARGET = st.text(st.sampled_from([chr(byte) for byte in (*range(0x21, 0x7F), *ra
 #: What some server reads as more than one segment.
 HIDDEN_SLASHES = (
     "a%2Fb", "a%2fb", "a%5Cb", "a\\b", "a%252Fb", "a%25252fb", "a%c0%afb", "a%e0%80%afb", "a%u002fb", "a%ef%bc%8fb",
-    "a%EF%BC%BCb",
+    "a%EF%BC%BCb", "a%uff0fb", "a%u2215b", "a%25u2215b", "a%u2044b", "a%e2%88%95b", "a%e2%81%84b", "a%25e2%2588%2595b",
+    "a\xe2\x88\x95b", "a%u2216b", "a%e2%88%96b",
 )  # fmt: skip
 
 
@@ -264,6 +265,30 @@ def test_what_follows_the_mount_is_appended_to_the_base(
     base: str, rest: str, query: str | None, extra: str, target: str
 ) -> None:
     assert join(base, rest, query, extra) == target
+
+
+@pytest.mark.parametrize(
+    ("query", "extra", "target"),
+    [
+        pytest.param("a=1&key=2&b=3", "key=v", "a=1&b=3&key=v", id="once"),
+        pytest.param("a=1;key=2&b=3", "key=v", "a=1&b=3&key=v", id="after-a-semicolon"),
+        pytest.param("key=2;a=1&b=3", "key=v", "a=1&b=3&key=v", id="before-a-semicolon"),
+        pytest.param("a=1;b;;c&&%64=+%20", "key=v", "a=1;b;;c&&%64=+%20&key=v", id="the-rest-verbatim"),
+        pytest.param("%6bey=2", "key=v", "key=v", id="encoded"),
+        pytest.param("%256bey=2&KEY=3", "key=v", "key=v", id="encoded-twice"),
+        pytest.param("%u006bey=2", "key=v", "key=v", id="iis-escape"),
+        pytest.param("key[]=2&key%5B%5D=3&key[0]=4&[key]=5", "key=v", "key=v", id="brackets"),
+        pytest.param("+key=2&%20key=3&%2Bkey=4&key+=5", "key=v", "key=v", id="spaces"),
+        pytest.param("key%00=2&key%00x=3&key%2500=4", "key=v", "key=v", id="nul"),
+        pytest.param("api.version=2", "api_version=v", "api_version=v", id="php-underscore"),
+        pytest.param("a=1", "key=v;b=2", "a=1&key=v;b=2", id="the-operators-verbatim"),
+        pytest.param(
+            "keys=1&a=key&monkey=2&%2526=%26key", "key=v", "keys=1&a=key&monkey=2&%2526=%26key&key=v", id="other"
+        ),
+    ],
+)
+def test_an_operators_parameter_replaces_the_clients_however_it_is_written(query: str, extra: str, target: str) -> None:
+    assert join("/v1", "/a", query, extra) == f"/v1/a?{target}"
 
 
 def test_a_rest_without_its_slash_cannot_lengthen_the_base() -> None:

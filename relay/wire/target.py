@@ -35,13 +35,21 @@ _STRIPPED_BY_SOME = re.compile(r"[\x00-\x20\x7f]")
 _DOT_SEGMENT = re.compile(r"(?:\A|[/\\])\.{1,2}(?:[;?#][^/\\]*)?(?=[/\\]|\Z)")
 
 # UTF-8 forbids these longer spellings of ASCII (RFC 3629 §3), some decoders take
-# them; `%u002e` is IIS's own escape. All three characters that matter: `.` `/` `\`.
+# them: of `.` `/` `\`. `%u002e` is IIS's own escape, of any character.
 _ILL_SPELT = re.compile(
     r"(?:\xc0|\xe0\x80|\xf0\x80\x80)(?P<low>[\xae\xaf])"
     r"|(?:\xc1|\xe0\x81|\xf0\x80\x81)\x9c"
-    r"|%u00(?P<hex>2e|2f|5c)",
+    r"|%u(?P<hex>[0-9a-f]{4})",
     re.IGNORECASE,
 )
+
+# Windows' "best fit" to an 8-bit code page makes slashes of these: division and fraction slash, set minus.
+_BEST_FIT = str.maketrans("\u2215\u2044\u2216", "//\\")
+
+# What frameworks make of a parameter's name: `name[]` and `[name]` (PHP, Rails, qs), ` name` (PHP), `name\0` (C).
+_BARE_NAME = re.compile(r"[\x00-\x20\[]*([^\x00\[\]=]*)")
+_U_ESCAPE = re.compile(r"%u([0-9a-f]{4})", re.IGNORECASE)
+_UNDERSCORES = str.maketrans(". ", "__")
 
 # An honest path is encoded once, through a careless gateway twice. The bound keeps
 # `%252525…2e` from costing a round for each of its thousands of layers.
@@ -167,12 +175,26 @@ def leaves_base(raw_path: str) -> bool:
 
 
 def query_names(query: str) -> frozenset[str]:
-    """Return the names of a raw query's parameters as servers compare them: decoded, in lower case."""
-    return frozenset(_parameter_name(part) for part in query.split("&") if part)
+    """Return the names of a raw query's parameters as any server may compare them: decoded, bare, in lower case."""
+    return frozenset(_parameter_name(part) for part in re.split("[&;]", query) if part)
 
 
 def _parameter_name(part: str) -> str:
-    return unquote_plus(part.partition("=")[0], "latin-1").lower()
+    name = part.partition("=")[0]
+    for _ in range(_MOST_ENCODINGS):
+        decoded = unquote_plus(_U_ESCAPE.sub(lambda found: chr(int(found[1], 16)), name), "latin-1")
+        if decoded == name:
+            break
+        name = decoded
+    bare = _BARE_NAME.match(name)
+    # PHP has underscores for dots and spaces.
+    return (bare[1] if bare else name).rstrip().translate(_UNDERSCORES).lower()
+
+
+def _without(query: str, names: frozenset[str]) -> str:
+    """A raw query without the parameters of these names; some servers separate with `;` too (HTML 4.01, B.2.2)."""
+    groups = ([part for part in group.split(";") if _parameter_name(part) not in names] for group in query.split("&"))
+    return "&".join(";".join(kept) for kept in groups if kept)
 
 
 def join(base_path: str, rest: str, query: str | None, extra_query: str) -> str:
@@ -190,8 +212,7 @@ def join(base_path: str, rest: str, query: str | None, extra_query: str) -> str:
     target = base_path + rest or "/"
     if extra_query:
         if query:
-            fixed = query_names(extra_query)
-            query = "&".join(part for part in query.split("&") if _parameter_name(part) not in fixed)
+            query = _without(query, query_names(extra_query))
         query = f"{query}&{extra_query}" if query else extra_query
     return target if query is None else f"{target}?{query}"
 
@@ -203,13 +224,13 @@ def _decode_once(text: str) -> str:
         return text
     # Servers that normalise Unicode make `/`, `.` and `%` of their full-width kin.
     wide = text.encode("latin-1").decode("utf-8", "surrogateescape")
-    folded = unicodedata.normalize("NFKC", wide)
+    folded = unicodedata.normalize("NFKC", wide.translate(_BEST_FIT))
     return folded.encode("utf-8", "surrogateescape").decode("latin-1")
 
 
 def _spell_well(found: re.Match[str]) -> str:
     if found["hex"]:
-        return chr(int(found["hex"], 16))
+        return chr(int(found["hex"], 16)).encode("utf-8", "surrogatepass").decode("latin-1")
     return chr(ord(found["low"]) & 0x7F) if found["low"] else "\\"
 
 
