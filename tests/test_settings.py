@@ -233,6 +233,21 @@ def test_a_value_comes_to_what_the_table_says(name: str, text: object, value: ob
         pytest.param("RELAY_TRUSTED_PROXIES", "nginx", "addresses or networks", id="name-for-a-network"),
         pytest.param("RELAY_DROP_HEADERS", "X-Shop-*", "no wildcards", id="wildcard"),
         pytest.param("RELAY_DROP_HEADERS", "X Shop", "not a header's name", id="no-header-name"),
+        *(
+            pytest.param("RELAY_PASS_HEADERS", name, f"may not contain {name.lower()}", id=f"pass-{name}")
+            for name in (
+                *("Authorization", "Cookie", "X-Auth-Token", "X-Session-Id", "X-Token", "X-Amz-Security-Token"),
+                *(
+                    "X-Forwarded-Host",
+                    "X-Forwarded-Prefix",
+                    "X-Forwarded-Path",
+                    "X-Forwarded-Uri",
+                    "X-Forwarded-Method",
+                ),
+                *("baggage", "X-Amzn-Oidc-Data", "X-MS-Client-Principal", "X-MS-Client-Principal-Name"),
+                *("X-MS-Token-AAD-Id-Token", "X-Portkey-API-Key", "Ocp-Apim-Subscription-Key", "X-Matched-Path"),
+            )
+        ),
         pytest.param("RELAY_CORS_ORIGINS", "https://h/", "did you mean https://h?", id="origin-with-slash"),
         pytest.param("RELAY_CORS_ORIGINS", "h.example", "is no origin", id="origin-without-scheme"),
         pytest.param("RELAY_CORS_ORIGINS", "null", "is no origin", id="null"),

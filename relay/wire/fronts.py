@@ -30,7 +30,8 @@ ADDED = {
     # docs.aws.amazon.com: ALB (X-Amzn-Oidc-*, mTLS, TLS), X-Ray, API Gateway, WAF, CloudFront, Lambda Web Adapter
     "AWS": """
         x-amzn-oidc-* x-amzn-trace-id x-amzn-mtls-* x-amzn-tls-* x-amzn-waf-* x-amzn-apigateway-* x-amzn-vpc-id
-        x-amzn-vpce-* x-amzn-request-context x-amzn-lambda-context x-amz-cf-id x-amz-cf-pop cloudfront-*
+        x-amzn-vpce-* x-amzn-request-context x-amzn-lambda-context x-amz-cf-id x-amz-cf-pop cloudfront-* x-edge-location
+        x-apigateway-event x-apigateway-context
     """,
     # learn.microsoft.com: App Service and its Easy Auth, Static Web Apps, Front Door, Application Gateway
     "Azure": """
@@ -53,8 +54,8 @@ ADDED = {
     "hosting platforms": """
         x-vercel-forwarded-for x-vercel-ip-* x-vercel-id x-vercel-deployment-url x-vercel-proxied-for x-vercel-proxy-*
         x-vercel-sc-* x-vercel-oidc-* x-vercel-ja4-* x-vercel-internal-* x-nf-* fly-client-ip fly-forwarded-*
-        fly-region fly-request-id fly-trace* x-heroku-* connect-time total-route-time rndr-id x-railway-*
-        do-connecting-ip x-cf-* x-vcap-request-id x-replit-* x-deno-*
+        fly-region fly-request-id fly-trace* x-heroku-* connect-time total-route-time rndr-id render-proxy-ttl
+        x-railway-* do-connecting-ip x-cf-* x-vcap-request-id x-replit-* x-deno-*
     """,
     # Envoy, Istio, Linkerd, HAProxy, Traefik, Kong, APISIX, Tyk, KrakenD, Gravitee, WSO2, MuleSoft, 3scale, Zuul
     "gateways and meshes": """
@@ -63,21 +64,22 @@ ADDED = {
         x-jwt-payload x-jwt-claim-* x-3scale-* x-zuul-* x-gateway-user* x-userinfo x-hasura-*
     """,
     # Pomerium, authentik, oauth2-proxy, Authelia, Vouch, Louketo (Keycloak Gatekeeper), Ory Oathkeeper, Teleport,
-    # Tailscale Serve, ngrok, Caddy Security, Grafana's auth proxy, Banyan, Duo, Zscaler, Boundary, TinyAuth, SSOwat
+    # Tailscale Serve, ngrok, Caddy Security, Grafana's auth proxy, Banyan, Duo, Zscaler, Boundary, TinyAuth, SSOwat,
+    # ZITADEL
     "identity-aware proxies": """
         x-pomerium-* x-authentik-* x-auth-request-* gap-auth gap-signature remote-* x-remote-user* x-remote-email
         x-remote-group* x-remote-name x-vouch-* x-auth-audience x-auth-email x-auth-expiresin x-auth-groups
         x-auth-roles x-auth-subject x-auth-user* x-auth-preferred-username x-auth-name x-user x-user-id x-user-name
         x-username x-user-email x-email x-user-groups x-groups x-user-roles x-roles x-user-claims teleport-*
         x-teleport-* tailscale-* ngrok-auth-* x-token-* x-webauth-* x-grafana-* x-banyan-* x-duo-* x-zscaler-*
-        x-oathkeeper-* ynh-* x-sandstorm-* x-tinyauth-*
+        x-oathkeeper-* ynh-* x-sandstorm-* x-tinyauth-* x-zitadel-* kc-access x-ws-user
     """,
     # Apache mod_auth_openidc and mod_auth_mellon, Shibboleth, CAS, SiteMinder, IBM WebSEAL, Oracle Access Manager,
-    # F5 APM, Citrix, OpenAM/ForgeRock, PingAccess, Okta Access Gateway
+    # F5 APM, Citrix, OpenAM/ForgeRock, PingAccess, Okta Access Gateway, WebLogic's proxy plug-in
     "single sign-on modules": """
         oidc-* mellon-* shib-* ajp-* eppn affiliation unscoped-affiliation entitlement persistent-id targeted-id cas-*
         sm-* smsession iv-user* iv-groups iv-creds iv-remote-* iv-server-name oam-* obssocookie x-f5-* x-citrix-*
-        ns-client-* am-eai-* x-ping-* pa-user* x-okta-*
+        ns-client-* am-eai-* x-ping-* pa-user* x-okta-* smserversessionid nsc-tmas citrix-user x-apm-* wl-proxy-*
     """,
     # what frameworks and browsers send against request forgery: it belongs to the app's origin
     "request forgery tokens": "x-csrf* x-xsrf* csrf-token xsrf-token x-antiforgery-token requestverificationtoken",
@@ -94,10 +96,13 @@ ORDERS = {
     "Google App Engine": "x-appengine-* x-google-* x-blobkey",
     "Next.js and Vercel": "x-middleware-* x-nextjs-* x-invoke-* x-vercel-cache-tag* vercel-cache-tag x-vercel-enable-*",
     "Kong, Traefik, API Gateway": "x-kong-* x-traefik-* x-amzn-remapped-* x-amz-apigw-*",
-    # caches' own controls; RFC 9213 (CDN-Cache-Control) is dropped from event streams only, as Cache-Control is
+    # what a proxy or a rewriting server behind another takes as the request's, echoed
+    "proxies in general": "x-forwarded-* x-rewrite-url",
+    # caches' own controls, and what purges them; relay.wire.headers drops `*cdn-cache-control` (RFC 9213) too
     "Fastly, Akamai, Varnish, Cloudflare, mod_pagespeed": """
         surrogate-key fastly-* edge-control edge-cache-tag akamai-* x-akamai-* cache-tag cache-tags x-cache-tag* xkey
-        x-varnish-* x-ban-* x-purge-* pagespeed pagespeedfilters x-nf-*
+        x-varnish x-varnish-* varnish-ttl x-ban-* x-purge x-purge-* x-esi x-cache-invalidate surrogate-control
+        x-magento-tags x-drupal-cache-tags pagespeed pagespeedfilters x-nf-*
     """,
 }  # fmt: skip
 

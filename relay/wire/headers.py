@@ -29,14 +29,23 @@ _TOKENS = frozenset(
     "x-auth-token x-auth-key x-api-token x-access-token x-id-token x-refresh-token x-session-id x-session-token "
     "x-session x-token x-amz-security-token x-goog-iam-authorization-token".split()
 )
-# To some servers the path, method or host is what these say (IIS, Symfony; Rails, Express; Zend; Linkerd; LLM gateways
-# such as Helicone and Portkey): a key of the operator's would open others than those it was meant for.
+# To some servers the path, method or host is what these say (IIS, Symfony; Rails, Express; Zend; Next.js; WebDAV;
+# Linkerd; LLM gateways such as Helicone and Portkey): a key of the operator's would open others than those it was meant
+# for.
 _OTHER_TARGETS = frozenset(
     "x-original-url x-original-uri x-original-path x-original-method x-rewrite-url x-rewrite-uri x-override-url "
     "x-override-uri x-http-method-override x-http-method x-method-override x-method x-http-path-override "
     "x-http-host-override x-http-destinationurl x-host x-proxy-url x-target-url x-upstream-url x-base-url base-url "
-    "request-uri x-script-name x-path-info helicone-target-url helicone-openai-api-base x-portkey-custom-host".split()
+    "request-uri x-script-name x-path-info helicone-target-url helicone-openai-api-base x-portkey-custom-host "
+    "x-matched-path x-invoke-path x-middleware-subrequest x-middleware-rewrite x-request-uri x-request-url x-real-url "
+    "x-rewrite x-tunnel-method x-backend x-backend-host x-proxy-host x-destination destination".split()
 )
+# What fronts say of the target, and an app's own data beside a trace: never the client's to say.
+_NEVER_KEPT = frozenset(
+    "x-forwarded-host x-forwarded-prefix x-forwarded-path x-forwarded-uri x-forwarded-method x-original-host "
+    "x-ms-original-url baggage".split()
+)
+_PREFIXES_NEVER_KEPT = ("sec-", "proxy-", "x-amzn-oidc-", "x-ms-client-principal", "x-ms-token-")
 # What fronts say of the client and of the way here. Model providers' networks refuse requests that seem to come through
 # another network, and the rest names people.
 _ADDED, _PREFIXES_ADDED = fronts.split(fronts.ADDED)
@@ -49,7 +58,8 @@ _NEVER_BACK = frozenset(
     "reporting-endpoints accept-ch accept-ch-lifetime critical-ch expect-ct public-key-pins "
     "public-key-pins-report-only set-login origin-trial sec-session-registration sec-session-challenge "
     "use-as-dictionary activate-storage-access speculation-rules supports-loading-mode "
-    "content-length x-request-id x-content-type-options content-security-policy".split()
+    "content-length x-request-id x-content-type-options content-security-policy content-security-policy-report-only "
+    "sourcemap x-sourcemap".split()
 )
 _OF_THE_ORIGIN = frozenset(["set-cookie", "set-cookie2"])
 #: What does not come back, by whether the answer is an event stream and whether the relay is transparent.
@@ -172,8 +182,10 @@ def never_kept(name: str) -> bool:
     """Whether no setting may let a client's header of this name pass: it is a credential, or belongs to the connection,
     or makes another target or method of the request."""
     lower = name.lower()
-    fixed = OF_THE_CONNECTION | _REWRITTEN | CREDENTIALS | _OTHER_TARGETS | _OF_THE_BROWSER | {"cookie2"}
-    return lower in fixed or lower.startswith(("sec-", "proxy-"))
+    fixed = OF_THE_CONNECTION | _REWRITTEN | CREDENTIALS | _TOKENS | _OTHER_TARGETS | _OF_THE_BROWSER | _NEVER_KEPT
+    # Keys of API gateways pass as they are, and must not be taken for something that this setting opens.
+    keys = {"cookie2", "x-portkey-api-key", "ocp-apim-subscription-key"}
+    return lower in fixed or lower in keys or lower.startswith(_PREFIXES_NEVER_KEPT)
 
 
 def connection_tokens(value: str) -> set[str]:
@@ -196,13 +208,11 @@ def response_headers(
     headers = []
     for name, value in upstream:
         lower = name.lower()
-        if lower in drop or lower in _ORDERS or lower.startswith(_PREFIXES_OF_ORDERS):
+        if lower in drop or _is_order(lower):
             continue
         if lower == "www-authenticate" and not transparent:
             if challenges := _without_logins(value):
                 headers.append((name, challenges))
-            continue
-        if event_stream and lower.endswith(_TARGETED_CACHE_CONTROL):
             continue
         if lower.startswith("access-control-") and not transparent:
             continue
@@ -218,6 +228,10 @@ def response_headers(
     if upstream_id := upstream_request_id(fields):
         headers.append(("X-Upstream-Request-ID", upstream_id))
     return headers
+
+
+def _is_order(lower: str) -> bool:
+    return lower in _ORDERS or lower.startswith(_PREFIXES_OF_ORDERS) or lower.endswith(_TARGETED_CACHE_CONTROL)
 
 
 def upstream_request_id(fields: Mapping[str, str]) -> str:
