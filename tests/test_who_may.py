@@ -15,6 +15,9 @@ from harness import DEADLINE, eventually, servers
 from harness.client import Client
 from harness.upstream import Upstream
 
+from relay.settings import Settings
+from relay.web.mount import Mount
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -464,6 +467,29 @@ def test_a_redirect_takes_no_request_and_no_key_elsewhere(
         assert (response.status, json.loads(body)["error"]["code"]) == (502, "upstream_redirect")
         assert response.header("Location") is None
         assert b"evil" not in body
+
+
+@pytest.mark.parametrize(
+    ("settings", "status"),
+    [
+        pytest.param({}, 307, id="nothing-at-stake"),
+        pytest.param(KEY, 502, id="a-key-of-the-relays"),
+        pytest.param({"RELAY_CLIENT_KEYS": "sk-a-clients"}, 502, id="keys-of-its-clients"),
+    ],
+)
+def test_a_transparent_relay_lets_redirects_lead_away_only_without_a_key(settings: dict[str, str], status: int) -> None:
+    def moved(ex: Exchange) -> None:
+        ex.reply(b"moved", status=307, headers=[("Location", "https://elsewhere.example/")])
+
+    with Upstream(moved) as upstream, relaying(upstream, settings | {"RELAY_TRANSPARENT": "on"}) as relay:
+        response, reached = relay.call("POST", "/v1/chat/completions", {"Authorization": "Bearer sk-a-clients"}, b"{}")
+        assert (response.status, reached) == (status, 1)
+
+
+def test_a_transparent_relay_guards_redirects_where_a_hook_adds_a_key() -> None:
+    settings = Settings.from_mapping({"RELAY_UPSTREAM_URL": "http://127.0.0.1:9/v1", "RELAY_TRANSPARENT": "on"})
+    assert Mount("relay", settings).trusts_upstream
+    assert not Mount("relay", settings, request_headers=dict).trusts_upstream
 
 
 @pytest.mark.parametrize(

@@ -69,10 +69,10 @@ class Mount:
         self._store = _store(settings.limits_url) if counts and settings.shares_limits else None
         self.rates = Rates(settings.rate_limit, name, self._store) if settings.rate_limit is not None else None
         self._hook = request_headers
-        #: The upstream is the operator's own and nothing is at stake here: it decides which pages may call.
-        self.leaves_cors = (
-            settings.transparent and not settings.cors_origins and not self.own_credentials and request_headers is None
-        )
+        #: The upstream is the operator's own and no key is at stake here: its redirects lead where it says.
+        self.trusts_upstream = settings.transparent and not self.own_credentials and request_headers is None
+        #: Then it also decides which pages may call.
+        self.leaves_cors = self.trusts_upstream and not settings.cors_origins
         self.body_memory = max(settings.body_memory, settings.max_body)  # or one of that size would never pass
         self._on_end = on_end
         self.knows_server = False  # what it lacks has been said: at the first stream

@@ -135,7 +135,7 @@ def stream(
     """
     method, host, request_id = str(environ["REQUEST_METHOD"]), str(environ.get("HTTP_HOST", "")), record.request_id
     beside = shows_key_beside_authorization(environ)
-    checks = not mount.settings.transparent
+    checks = not mount.trusts_upstream
     client = answers.client_socket(environ)
     if not mount.knows_server:
         mount.look_at_server(environ, client)
