@@ -41,6 +41,8 @@ _LAST_WORD = 1.0
 
 #: Bytes of a request's head, and seconds from its first byte to its last.
 _MOST_HEAD, _HEAD_TIME = 64 * 1024, 15.0
+#: Seconds for the rest of a body that was refused unread; then the connection is closed.
+_REST_TIME = 15.0
 
 
 class HeadTooLarge(http_errors.ParseException):  # type: ignore[misc]
@@ -136,6 +138,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
         if now >= drain.at:
             # A head that went out before the drain had no `Connection: close`; what came next here would be too late.
             raise StopIteration
+        _discard(req.body)
         self._idle[sock] = now
         _heads[sock] = _Head()
 
@@ -253,6 +256,18 @@ def _check_coding(req: Any) -> None:
             raise http_errors.UnsupportedTransferCoding(value)
 
 
+def _discard(body: Any) -> None:
+    """Read what an answer left of its request: the next head begins behind it."""
+    with gevent.Timeout(_REST_TIME, False):
+        try:
+            while body.read(64 * 1024):
+                pass
+            return
+        except http_errors.ParseException:
+            pass  # where the next request begins is unknown
+    raise StopIteration
+
+
 def _untie(req: Any) -> None:
     """Let a request with a chunked body be freed without the collector: its body's reader holds it, and it the body."""
     reader = req.body.reader
@@ -327,6 +342,12 @@ class _Client(gevent.socket.socket):  # type: ignore[misc]
             self.settimeout(patience)
         _tails[self] = bytes(read[-3:])
         return bytes(read[before:])
+
+    def say_continue(self) -> None:
+        """Tell a client that asked first to send its body (RFC 9110 section 10.1.1)."""
+        if self in _waiting:
+            _waiting.discard(self)
+            self.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def join_next(self) -> None:
         """Let the next `sendall` wait for the one after it, which comes at once: one packet, and one wake-up of the

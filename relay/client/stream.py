@@ -149,6 +149,7 @@ class Stream(Generic[Piece]):
         self._connection.close()
         if self._linger is not None:
             self._linger.cancel()
+            self._linger = None  # it holds this stream
 
     def __enter__(self) -> Self:
         return self

@@ -75,6 +75,8 @@ class Pool:
         while self._connections:
             self._drop_oldest()
 
+    __del__ = clear
+
     def _drop_oldest(self) -> None:
         try:
             self._connections.popleft().close()
