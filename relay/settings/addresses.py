@@ -124,10 +124,16 @@ def _host_and_port(parts: SplitResult) -> str:
     return f"{host}:{parts.port}" if parts.port else f"{host}"
 
 
+#: In place of a URL: the embedded demo upstream, for an app's own tests.
+DEMO = "demo"
+
+
 def _upstream_url(value: object) -> str | None:
     text = as_text(value)
     if not text:
         return None
+    if text.lower() == DEMO:
+        return DEMO
     if "@" in text:
         sentence = "takes no credentials; the key belongs in RELAY_UPSTREAM_KEY"
         raise FaultError(sentence, show=False)
@@ -290,7 +296,7 @@ def reason(error: OSError | ValueError) -> str:
 _ADDRESS = "host:port, [IPv6]:port or unix:/path"
 
 UPSTREAM_URL = Kind(
-    "an http:// or https:// URL with a host, such as https://api.openai.com/v1",
+    "an http:// or https:// URL with a host, such as https://api.openai.com/v1, or demo",
     _upstream_url,
 )
 PROXY = Kind("an http:// or https:// URL without a path", _proxy)

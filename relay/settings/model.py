@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from relay.settings.addresses import PORTS
+from relay.settings.addresses import DEMO, PORTS
 from relay.settings.credentials import carries_key
 from relay.settings.rules import adds_key, broken_rules
 from relay.settings.table import PREFIX, SETTINGS, Setting
@@ -134,6 +134,8 @@ class Settings:
         faults += broken_rules(values, service=service)
         if faults:
             raise SettingsError(tuple(faults))
+        if values["upstream_url"] == DEMO:
+            values["upstream_url"] = None
         if values["allow"] is None:
             values["allow"] = DEFAULT_ALLOW_WITH_KEY if adds_key(values) else ALLOW_EVERYTHING
         return cls(**values)

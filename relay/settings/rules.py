@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from relay.settings.addresses import clash, loopback
+from relay.settings.addresses import DEMO, clash, loopback
 from relay.settings.credentials import carries_key
 
 Values: TypeAlias = Mapping[str, Any]
@@ -42,12 +42,12 @@ def _mounted_upstream(values: Values) -> str:
         return ""
     return (
         "RELAY_UPSTREAM_URL is not set: set it to the upstream's base URL, such as https://api.openai.com/v1"
-        " (only the service has a demo to fall back on)"
+        " (or to demo, for the embedded demo upstream: only the service falls back on it by itself)"
     )
 
 
 def _demo_on_loopback(values: Values) -> str:
-    if values["upstream_url"] is not None or loopback(values["bind"]):
+    if values["upstream_url"] not in (None, DEMO) or loopback(values["bind"]):
         return ""
     return (
         "RELAY_UPSTREAM_URL is not set: set it, or bind to 127.0.0.1; the demo that serves without it is for this"

@@ -76,7 +76,7 @@ _UPSTREAM = (
         "RELAY_UPSTREAM_URL",
         UPSTREAM_URL,
         "",
-        "base URL; what follows the mount is appended to it; unset: the embedded demo",
+        "base URL; what follows the mount is appended to it; demo, or unset in the service: the embedded demo",
     ),
     Setting(
         "RELAY_UPSTREAM_KEY",
