@@ -51,14 +51,38 @@ class RelayError(Exception):
         self.__traceback__ = self.__context__ = None
         return self
 
-    def json(self, request_id: str) -> str:
-        """The body of the error, in the shape that OpenAI's and Anthropic's SDKs and the AI SDK read. One line."""
+    def json(self, request_id: str, dialect: str = "") -> str:
+        """The body of the error, in the shape that OpenAI's and Anthropic's SDKs and the AI SDK read. One line.
+
+        `dialect`: what `dialect_of` said of the path, for APIs whose clients look elsewhere too.
+        """
+        if dialect == "ollama":
+            return json.dumps({"error": self.message})
         error: dict[str, object] = {"message": self.message, "type": self.type, "code": self.code}
-        return json.dumps({"type": "error", "error": error | {"request_id": request_id} | self.more()})
+        told: dict[str, object] = {"type": "error", "error": error | {"request_id": request_id} | self.more()}
+        if dialect == "responses":
+            # Without the `sequence_number` that they have upstream: with one Vercel's AI SDK asks again.
+            told |= {"code": self.code, "message": self.message, "param": None}
+        elif dialect == "cohere":
+            told["message"] = self.message
+        return json.dumps(told)
 
     def more(self) -> dict[str, object]:
         """What else this error says of itself in its JSON."""
         return {}
+
+
+#: The ends of paths whose APIs tell of errors otherwise than OpenAI's chat completions and Anthropic's messages.
+_DIALECTS = {
+    "/responses": "responses",
+    "/api/chat": "ollama", "/api/generate": "ollama", "/api/embed": "ollama", "/api/embeddings": "ollama",
+    "/v1/chat": "cohere", "/v2/chat": "cohere",
+}  # fmt: skip
+
+
+def dialect_of(path: str) -> str:
+    """How the API of this path tells of errors: the name of it, or an empty text for the usual way."""
+    return next((dialect for end, dialect in _DIALECTS.items() if path.endswith(end)), "")
 
 
 class BadRequest(RelayError):

@@ -27,6 +27,7 @@ class Record:
     owner: str  # whom limits for one client count it for: its key, by a name of it, or its address
     mount: str
     asks_for_events: bool = False
+    dialect: str = ""  # how the API of its path tells of errors (relay.errors.dialect_of)
     own_key: bool = True  # it goes upstream with the relay's key, if there is one, and not with one of the shop's hook
     admitted: bool = False  # it got a lease: from then on it is a stream, and its end has one of the known reasons
     status: int = 0

@@ -258,14 +258,17 @@ def _check_coding(req: Any) -> None:
 
 def _discard(body: Any) -> None:
     """Read what an answer left of its request: the next head begins behind it."""
-    with gevent.Timeout(_REST_TIME, False):
+    whole = False
+    with gevent.Timeout(_REST_TIME, exception=False):
         try:
-            while body.read(64 * 1024):
-                pass
-            return
+            piece = body.read(_MOST_HEAD)
+            while piece:
+                piece = body.read(_MOST_HEAD)
+            whole = True
         except http_errors.ParseException:
             pass  # where the next request begins is unknown
-    raise StopIteration
+    if not whole:
+        raise StopIteration
 
 
 def _untie(req: Any) -> None:

@@ -62,6 +62,29 @@ def test_the_table_has_every_error() -> None:
     assert len(set(codes)) == len(codes)
 
 
+@pytest.mark.parametrize(
+    ("path", "dialect"),
+    [
+        ("/v1/chat/completions", ""),
+        ("/v1/messages", ""),
+        ("/openai/v1/responses", "responses"),
+        ("/api/chat", "ollama"),
+        ("/x/api/generate", "ollama"),
+        ("/v2/chat", "cohere"),
+        ("/v1/responses/x", ""),
+    ],
+)
+def test_how_an_api_tells_of_errors_is_known_by_its_path(path: str, dialect: str) -> None:
+    assert errors.dialect_of(path) == dialect
+    told = json.loads(errors.Full("a sentence").json("req-1", dialect))
+    if dialect == "ollama":
+        assert told == {"error": "a sentence"}
+    else:
+        assert (told["type"], told["error"]["code"]) == ("error", "full")
+        assert told.get("message") == ("a sentence" if dialect else None)
+        assert "sequence_number" not in told
+
+
 @pytest.mark.parametrize("kind", [RelayError, *KINDS])
 def test_no_error_is_taken_for_trouble_with_the_client(kind: type[RelayError]) -> None:
     """A WSGI server answers nothing at all to an OSError, and takes a StopIteration for the end."""

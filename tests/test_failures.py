@@ -100,14 +100,19 @@ BROKEN_OFF = [
 ]
 
 
-def failed(hop: Service, handler: Callable[[Exchange], None], method: str = "POST") -> dict[str, str]:
-    """A request that the upstream has had and not answered soundly: a 502 that SDKs do not repeat; sent once."""
+def failed(
+    hop: Service, handler: Callable[[Exchange], None], method: str = "POST", *, silent: bool = False
+) -> dict[str, str]:
+    """A request that the upstream has had and not answered as it should: a 502 that SDKs do not repeat; sent once.
+
+    `silent`: not a byte came; on a connection that stood idle SDKs may then repeat it.
+    """
     path = hop.upstream.serve(handler)
     try:
         response = hop.client.request(method, "/v1" + path, {"Accept": SSE}, b"{}" if method == "POST" else b"")
         error = error_of(response, 502)
         assert (error["code"], error["type"]) == ("upstream_error", "upstream_error")
-        assert response.all("x-should-retry") == [b"false"]
+        assert response.all("x-should-retry") == [b"false"] or (silent and response.all("x-should-retry") == [])
         assert response.header("X-Content-Type-Options") == b"nosniff"
         assert len(hop.upstream.seen(path)) == 1
         return error
@@ -123,7 +128,7 @@ def test_an_upstream_that_hangs_up_before_its_answer_is_a_502(hop: Service, wire
         ex.raw(wire)
         ex.abort() if how == "abort" else ex.reset()
 
-    assert "hung up" in failed(hop, handler, method)["message"]
+    assert "hung up" in failed(hop, handler, method, silent=not wire)["message"]
 
 
 NOT_HTTP = [

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from flask import Blueprint, Flask, Response
 from flask.cli import routes_command
+from harness import eventually, servers
+from harness.client import request
 from harness.upstream import Upstream
 
 from relay import Relay
@@ -19,7 +21,9 @@ from relay.observe import log, metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
+EVENTS = [("Content-Type", "text/event-stream")]
 DEAD = "http://127.0.0.1:9/v1"
 
 
@@ -212,3 +216,94 @@ def test_a_failure_is_told_where_the_logger_is_disabled(
     told = capsys.readouterr().err
     assert "on_end failed for request r1" in told
     assert "the ledger is full" in told
+
+
+# --- What the app says of a request, and hears of its end
+
+
+def relayed_by(upstream: Upstream, folder: Path, program: str, worker: str = "gthread") -> Any:
+    (folder / "bookshop.py").write_text(program.replace("@HERE@", upstream.base_url))
+    return servers.gunicorn(
+        {"PYTHONPATH": str(folder)}, "bookshop:app", None, ["-k", worker, "--threads", "8"], ready="/"
+    )
+
+
+_NAMES = """
+from flask import Flask
+from relay import Relay
+
+app = Flask("bookshop")
+ended = []
+settings = {"RELAY_UPSTREAM_URL": "@HERE@"}
+Relay(app, url_prefix="/ai", settings=settings, on_end=lambda record: ended.append(record.request_id))
+app.add_url_rule("/", "ended", lambda: {"ended": ended})
+
+@app.after_request
+def names(response):
+    response.headers["X-Request-ID"] = "of-the-app-7"
+    return response
+"""
+
+
+@pytest.mark.parametrize("path", ["/ai/chat/completions", "/ai/_relay/api/stream-chat"])
+def test_the_apps_request_id_is_the_requests(upstream: Upstream, tmp_path: Path, path: str) -> None:
+    upstream.serve(
+        lambda ex: ex.reply(b"data: 1\n\n", headers=[("Content-Type", "text/event-stream")]), "/chat/completions"
+    )
+    with relayed_by(upstream, tmp_path, _NAMES) as shop:
+        response = request(shop.port, "POST", path, {"Content-Type": "application/json"}, b'{"prompt": "x"}')
+        response.finish()
+        assert response.all("X-Request-ID") == [b"of-the-app-7"]
+        assert upstream.seen("/chat/completions")[-1].header("X-Request-ID") == b"of-the-app-7"
+
+        def told() -> bool:
+            return b'["of-the-app-7"]' in request(shop.port, "GET", "/").finish().data
+
+        eventually(told, "the record")
+    upstream.forget("/chat/completions")
+
+
+_SLOW = """
+import threading
+from flask import Flask
+from relay import Relay
+
+app = Flask("bookshop")
+go_on = threading.Event()
+ended = []
+
+def slow(record):
+    go_on.wait(60)
+    ended.append(record.reason)
+
+Relay(app, url_prefix="/ai", settings={"RELAY_UPSTREAM_URL": "@HERE@"}, on_end=slow)
+app.add_url_rule("/", "ended", lambda: {"ended": ended})
+app.add_url_rule("/go-on", "go_on", lambda: str(go_on.set()))
+"""
+
+
+@pytest.mark.parametrize("worker", ["gevent", "gthread"])
+def test_on_end_does_not_delay_the_end_of_the_body(upstream: Upstream, tmp_path: Path, worker: str) -> None:
+    path = upstream.serve(
+        lambda ex: (ex.head(headers=[("Content-Type", "text/event-stream")]), ex.send(b"data: 1\n\n"), ex.end())
+    )
+    with relayed_by(upstream, tmp_path, _SLOW, worker) as shop:
+        body = request(shop.port, "POST", "/ai" + path, {}, b"{}").finish()
+        assert (body.data, body.ended) == (b"data: 1\n\n", "clean")
+        assert request(shop.port, "GET", "/").finish().data.replace(b" ", b"").strip() == b'{"ended":[]}'
+        request(shop.port, "GET", "/go-on").finish()
+        eventually(lambda: b'"done"' in request(shop.port, "GET", "/").finish().data, "the hook's end")
+    upstream.forget(path)
+
+
+# --- An app's own tests
+
+
+def test_an_app_is_tested_with_the_demo_upstream() -> None:
+    """As the README says: no network, no key, and nothing that patches requests is in the way."""
+    app = an_app("demo")
+    Relay(app, url_prefix="/ai")
+    asked = {"model": "relay-demo", "stream": True, "messages": [{"role": "user", "content": "Hello"}]}
+    response = app.test_client().post("/ai/chat/completions", json=asked)
+    assert (response.status_code, response.mimetype) == (200, "text/event-stream")
+    assert response.text.rstrip().endswith("data: [DONE]")

@@ -274,6 +274,9 @@ class Life:
     def start_response(self, status: str, headers: list[tuple[str, str]]) -> None:
         self.heads.append((status, headers))
 
+    def finished(self, record: Record) -> None:
+        assert record.reason
+
     # The client's part.
 
     def read(self, sock: socket.socket) -> None:

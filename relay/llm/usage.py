@@ -76,12 +76,32 @@ class Excerpt:
         found = self._found | _figures(b"".join(self._pieces))
         return Usage(*(found.get(kind) for kind in _NAMES)) if found else None
 
+    def says_its_end(self) -> bool:
+        """Whether the last event so far, pings and comments aside, is the mark by which a chat API ends an answer."""
+        tail = b"".join(self._pieces)[-KEPT:].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        if not tail.endswith(b"\n\n"):
+            return False
+        for event in reversed(tail.split(b"\n\n")):
+            lines = [line for line in event.split(b"\n") if line and not line.startswith(b":")]
+            if lines and not _PING.search(event):
+                return _END.search(event) is not None
+        return False
+
     def _look(self) -> None:
         """Take the figures out of the lines that are whole, and keep the end of the one that is not."""
         text = b"".join(self._pieces)
         left = text[max(text.rfind(b"\n") + 1, len(text) - KEPT) :]
         self._found |= _figures(text)
         self._pieces, self._size = [left], len(left)
+
+
+# How OpenAI's chat completions, Anthropic's messages and OpenAI's responses say that nothing more comes.
+_END = re.compile(
+    rb"^data: ?\[DONE\]$|^event: ?(?:message_stop|response\.(?:completed|incomplete|failed))$"
+    rb'|^data: ?\{"type": ?"(?:message_stop|response\.(?:completed|incomplete|failed))"',
+    re.MULTILINE,
+)
+_PING = re.compile(rb'^event: ?ping$|^data: ?\{"type": ?"ping"', re.MULTILINE)
 
 
 def _figures(text: bytes) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Protocol
 
 _NEVER = float("inf")
@@ -20,7 +21,7 @@ class Drain:
 
     def __init__(self) -> None:
         self.at = _NEVER  # when they end, monotonic seconds; infinite while nobody has told the server to stop
-        self.open: set[Draining] = set()
+        self.open: weakref.WeakSet[Draining] = weakref.WeakSet()  # one that nobody closes must not stay
         self._seconds: float | None = None
 
     @property

@@ -8,10 +8,10 @@ import email.utils
 import time
 from typing import TYPE_CHECKING
 
+from relay import errors
 from relay.llm.answer import failure, failure_in_body
 
 if TYPE_CHECKING:
-    from relay import errors
     from relay.wire.http1 import Head
 
 #: Bytes of its body that are told.
@@ -59,6 +59,10 @@ class LateAnswer:
             text = self.body.decode("utf-8", "replace")
             if not text.lstrip().startswith("{"):
                 error = failure(None, text, status)
+        if error.code == errors.UpstreamSaid.code:  # it named none
+            error.code = errors.UpstreamFailed.code
+        if error.message == f"the upstream answered {status}" and self.head.reason:
+            error.message += f" {self.head.reason}"
         error.retry_after = _seconds(self.head.fields.get("retry-after", ""))
         return error
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections.abc import Callable
 from http.client import responses
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
@@ -41,6 +42,8 @@ _LOOK_AT_UPLOADS = 1.0
 _PAUSED = 0.1
 #: Seconds from the last bytes to a cut. Browsers throw away what a page has not read yet when a connection breaks.
 _TO_READ = 0.25
+#: Seconds after which an upstream that has sent a chat's end mark and nothing more is left.
+_AFTER_ITS_END = 5.0
 
 
 class ClientGone(Exception):
@@ -80,6 +83,9 @@ class Watch(Protocol):
     def ended(self, record: Record) -> None:
         """The stream has ended, or was refused."""
 
+    def finished(self, record: Record) -> None:
+        """The server has written the last of it."""
+
 
 class Stream:
     """One relayed exchange as a WSGI iterable. `close` ends it wherever it stands, and does so once."""
@@ -87,10 +93,10 @@ class Stream:
     # Beyond 30 attributes CPython gives each instance a whole dict of its own, which is slower and takes 2 KiB more.
     __slots__ = (
         "__weakref__", "_admission", "_arrived", "_beat_since", "_beating", "_began", "_broken", "_chunked", "_client",
-        "_closed", "_deadline", "_excerpt", "_exchange", "_gave", "_held", "_hold_at", "_http10", "_intake",
-        "_join_next", "_lease", "_look_at", "_over", "_pending", "_present", "_quiet_since", "_resumed", "_settings",
-        "_spoken", "_start_response", "_started", "_step", "_task", "_told", "_tracker", "_waiter", "_watch", "_writes",
-        "failure", "record",
+        "_closed", "_comment", "_deadline", "_excerpt", "_exchange", "_freed", "_gave", "_held", "_hold_at", "_http10",
+        "_intake", "_join_next", "_lease", "_look_at", "_over", "_pending", "_present", "_quiet_since", "_resumed",
+        "_settings", "_spoken", "_start_response", "_started", "_step", "_task", "_told", "_tracker", "_viewed",
+        "_waiter", "_watch", "_writes", "failure", "record",
     )  # fmt: skip
 
     def __init__(
@@ -107,12 +113,13 @@ class Stream:
         watch: Watch,
         closed: Callable[[], None],
         viewed: bool = False,
+        comment: bytes = sse.HEARTBEAT,
     ) -> None:
         """`exchange`: the request upstream, or what makes it once there is a slot.
 
         `client`: the client's socket or None. `present` completes the headers of a response of some status. `watch`
         is told of what becomes of it; `closed` is called when the server is done with the response. `viewed`: the
-        server gets something else than these bytes (relay.textview)."""
+        server gets something else than these bytes (relay.textview). `comment`: the heartbeat between two events."""
         self._intake: Intake | None = None if isinstance(exchange, Exchange) else exchange
         self._exchange: Exchange  # once it is prepared
         if isinstance(exchange, Exchange):
@@ -131,7 +138,7 @@ class Stream:
         self._tracker: sse.Tracker | None = None  # only for a body that something may be added to
         # A function and not a bound method, which would tie the stream to itself until a collection.
         self._step: Callable[[Stream], bytes] = Stream._enter
-        self._over = False
+        self._over = self._freed = False
         self._began = self._started = now = monotonic()
         # Clocks, all in monotonic seconds.
         self._hold_at = _NEVER
@@ -146,13 +153,15 @@ class Stream:
         self._beating = False  # a heartbeat was the last thing
         self._writes = client_socket.Writes(client, settings.write_timeout)
         self._excerpt: Excerpt | None = None  # of a body that may report its tokens
-        self._waiter = waiting.waiter(client, self._check_write)
+        self._waiter = waiting.waiter(client, _look_at_writes(weakref.ref(self)))
         self._broken = "client_gone"  # the end reason if the server gives up writing
         self._pending: errors.RelayError | None = None
         self._told: late_answer.LateAnswer | None = None
         self._chunked = False  # the server frames the body in chunks, so that its end is a write of its own
         #: Where the server's socket can do so: hold what is written next until what is written after it.
         self._join_next: Callable[[], object] = _nothing if viewed else getattr(client, "join_next", _nothing)
+        self._comment = comment
+        self._viewed = viewed
         self._look_at = _NEVER  # when a view wants to look at its own clocks
         self.failure: errors.RelayError | None = None  # what it has ended with, once it has failed
         drain.open.add(self)
@@ -266,7 +275,7 @@ class Stream:
             if self._held:
                 if now >= self._beat_since + self._settings.heartbeat:
                     self._beat_since = now
-                    return self._heartbeat(sse.HEARTBEAT)
+                    return self._heartbeat(self._comment)
                 deadline = min(deadline, self._beat_since + self._settings.heartbeat)
             elif now >= self._hold_at:
                 return self._hold(now)
@@ -324,10 +333,10 @@ class Stream:
         self._held = True
         self._hold_at = _NEVER
         self._beat_since = now
-        self._tracker = sse.Tracker()
+        self._tracker = sse.Tracker(self._comment)
         headers = [("Content-Type", "text/event-stream; charset=utf-8"), *SANDBOX, *UNBUFFERED]
         self._start(200, "OK", headers)
-        return self._heartbeat(sse.HEARTBEAT)
+        return self._heartbeat(self._comment)
 
     # The answer.
 
@@ -358,7 +367,7 @@ class Stream:
                 head.headers, head.fields, has_body=not head.framing.done, transparent=self._settings.transparent
             )
             if plain_events and record.method != "HEAD":
-                self._tracker = sse.Tracker()
+                self._tracker = sse.Tracker(self._comment)
             self._start(head.status, head.reason, headers)
         self._beat_since = now
         self._deadline = now  # the first wait looks at all clocks
@@ -479,6 +488,13 @@ class Stream:
         if now >= drain.at:
             raise errors.Drained("the relay is restarting; the answer is not complete")
         settings = self._settings
+        end_at = _NEVER
+        if self._tracker is not None and self._excerpt is not None and self.record.asks_for_events:
+            end_at = self._arrived + _AFTER_ITS_END
+            if now >= end_at:
+                end_at = _NEVER
+                if self._excerpt.says_its_end():
+                    return self._leave()
         # Only time in which the upstream was waited for counts: not that in which the client was written to.
         if self._spoken:
             self._spoken = False
@@ -497,11 +513,19 @@ class Stream:
                 beat_at = now + settings.heartbeat
                 comment = self._tracker.heartbeat
                 if comment:
-                    self._deadline = min(idle_at, beat_at, self._look_at, drain.at)
+                    self._deadline = min(idle_at, beat_at, self._look_at, drain.at, end_at)
                     self._beating = True
                     return self._heartbeat(comment)
-        self._deadline = min(idle_at, beat_at, self._look_at, drain.at)
+        self._deadline = min(idle_at, beat_at, self._look_at, drain.at, end_at)
         return b""
+
+    def _leave(self) -> bytes:
+        """The answer has said its end, and its upstream keeps the connection open: it is whole."""
+        data = self._exchange.read()  # this process may have stood still
+        if data:
+            return self._observe(data)
+        self._end("done")
+        raise StopIteration
 
     def _idle_timeout(self) -> errors.IdleTimeout:
         return errors.IdleTimeout(
@@ -523,16 +547,22 @@ class Stream:
         if not begun:
             record.status = (None if error.may_retry else self._settings.no_retry_status) or error.status
         self._end(error.reason or error.code)
-        body = error.json(record.request_id).encode()
+        body = error.json(record.request_id, record.dialect).encode()
         if not begun:
             self._step = Stream._stop
             headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), *error.headers()]
             self._start(record.status, responses.get(record.status, "Failed"), headers + SANDBOX)
             return body
-        self._step = Stream.cut
+        self._step = Stream._raise_cut if self._viewed else Stream.cut
         if tracker is not None and tracker.at_boundary:
-            return sse.error_frame(error.json(record.request_id))
-        return self.cut()
+            frame = sse.error_frame(error.json(record.request_id, record.dialect))
+            # Without the relay an EventSource would have stopped at this answer (WHATWG HTML section 9.2.2).
+            return sse.FOR_GOOD + frame if self._told is not None and record.method == "GET" else frame
+        return self._step(self)
+
+    def _raise_cut(self) -> NoReturn:
+        """A view has the last word, and cuts the connection itself."""
+        raise errors.StreamCut
 
     def _stop(self) -> NoReturn:
         raise StopIteration
@@ -551,7 +581,10 @@ class Stream:
             give_up = monotonic() + 2.0
             while client_socket.unsent(self._client) and monotonic() < give_up:
                 time.sleep(0.005)
-            client_socket.close_with_reset(self._client)
+        if self._client is not None:
+            # Whoever stands between here and the server may swallow the exception and end the body cleanly.
+            self._waiter.close()
+            client_socket.cut(self._client, reset=self._http10)
         raise errors.StreamCut
 
     def _end(self, reason: str) -> None:
@@ -585,11 +618,26 @@ class Stream:
 
     def close(self) -> None:
         """The server is done with this response, for whatever reason."""
-        # Not ended yet: the server's write failed, or it stopped iterating.
-        self._end(self._broken)
+        if self._freed:
+            return
+        self._freed = True
+        # Not ended yet: the server's write failed, or it stopped iterating, as some do after the last byte.
+        reason = "done" if self._has_all() else self._broken
+        if reason == "client_gone" and drain.draining and client_socket.gone(self._client) is False:
+            reason = "drained"  # it is the server that ends
+        self._end(reason)
         self._waiter.close()
         drain.open.discard(self)
         self._closed()
+        self._watch.finished(self.record)
+
+    def __del__(self) -> None:
+        """Nobody holds it any more, and nobody has closed it: some servers and middleware forget to."""
+        self.close()
+
+    def _has_all(self) -> bool:
+        """Whether the whole of a body was given to the server."""
+        return self._step is Stream._relay and self._exchange.answered and self._exchange.complete
 
     # For a view, which reads the stream and gives the server something else (relay.textview).
 
@@ -658,6 +706,16 @@ class Stream:
             self._broken = "write_timeout"
             client_socket.break_off(self._client)
         return self._writes.every
+
+
+def _look_at_writes(stream: weakref.ref[Stream]) -> Callable[[], float]:
+    """A waiter's tick. It must not hold the stream, which nobody may ever close."""
+
+    def look() -> float:
+        alive = stream()
+        return _NEVER if alive is None else alive._check_write()  # noqa: SLF001 - it is the stream's own
+
+    return look
 
 
 def _nothing() -> None:

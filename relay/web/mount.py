@@ -159,6 +159,9 @@ class Mount:
         elif record.status:
             count.refused(record.reason)
         log.ended(record)
+
+    def finished(self, record: Record) -> None:
+        """The last byte of a stream is out: what the app does now delays nobody."""
         if self._on_end is not None and record.admitted:
             try:
                 self._on_end(record)

@@ -50,7 +50,7 @@ _PREFIXES_NEVER_KEPT = ("sec-", "proxy-", "x-amzn-oidc-", "x-ms-client-principal
 # another network, and the rest names people.
 _ADDED, _PREFIXES_ADDED = fronts.split(fronts.ADDED)
 _OF_PROXIES = _ADDED | {"referer", "cookie2"}
-_PREFIXES_OF_PROXIES = ("sec-", "proxy-", *_PREFIXES_ADDED)
+_PREFIXES_OF_PROXIES = ("sec-", "proxy-", "x-relay-", *_PREFIXES_ADDED)
 
 _NEVER_BACK = frozenset(
     "server date alt-svc strict-transport-security clear-site-data refresh nel report-to service-worker-allowed "

@@ -49,6 +49,7 @@ class Tracker:
     __slots__ = (
         "_after_cr",
         "_begun",
+        "_comment",
         "_crlf_seen",
         "_tail",
         "_unusual",
@@ -58,7 +59,9 @@ class Tracker:
         "id_seen",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, comment: bytes = HEARTBEAT) -> None:
+        """`comment`: the heartbeat where nothing forbids it (HEARTBEAT or HEARTBEAT_AFTER_ID)."""
+        self._comment = comment
         #: Whether the stream stands at its start or after a blank line, in whatever mix of CRLF, LF and CR.
         self.at_boundary = True
         #: The stream has carried an `id` field.
@@ -143,5 +146,5 @@ class Tracker:
         if not self.at_boundary:
             return b""
         if not self.id_seen:
-            return HEARTBEAT
+            return self._comment
         return b"" if self._after_cr and self._crlf_seen else HEARTBEAT_AFTER_ID

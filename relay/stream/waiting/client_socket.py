@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _socket
 import fcntl
+import os
 import socket
 import ssl
 import struct
@@ -42,6 +43,24 @@ def close_with_reset(client: Any) -> None:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     except OSError:
         pass
+
+
+def cut(client: Any, *, reset: bool) -> None:
+    """End the connection so that nothing more can be written to it, whoever tries: with a FIN, which ends a chunked or
+    counted body too early, or with a `reset`, the only cut that an HTTP/1.0 client can see.
+
+    A server that sends its FIN first (gunicorn's gthread and sync workers do) would turn SO_LINGER's reset into a clean
+    end, so the descriptor gets another socket: with that the connection is closed here, and the server closes nothing.
+    """
+    try:
+        if not reset:
+            client.shutdown(socket.SHUT_WR)
+            return
+        close_with_reset(client)
+        with socket.socket() as other:
+            os.dup2(other.fileno(), client.fileno(), inheritable=False)
+    except (OSError, ValueError):
+        pass  # it is gone already
 
 
 def break_off(client: Any) -> None:

@@ -29,7 +29,9 @@ def error_response(error: errors.RelayError) -> Response:
     asked = mounts.get(request.blueprint) or next(iter(mounts.values()))  # beside its mount the service has one
     address = client_address(request.environ, asked.settings)
     log.refused(error, known_as, request.method, address, request.endpoint or "")
-    response = Response(error.json(known_as), status=error.status, content_type="application/json")
+    response = Response(
+        error.json(known_as, errors.dialect_of(request.path)), status=error.status, content_type="application/json"
+    )
     for name, value in [*error.headers(), *SANDBOX, ("X-Request-ID", known_as), ("Cache-Control", "no-store")]:
         response.headers[name] = value
     return response

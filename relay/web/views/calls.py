@@ -14,7 +14,8 @@ from relay.gate.origin import check_host, check_origin, check_paid_get, check_pe
 from relay.record import Record
 from relay.stream.relayed import Headers, Stream
 from relay.web.views import answers
-from relay.wire.headers import CREDENTIALS
+from relay.wire.headers import CREDENTIALS, sane_request_id
+from relay.wire.sse import HEARTBEAT, HEARTBEAT_AFTER_ID, MEDIA_TYPE
 from relay.wire.target import allows
 
 if TYPE_CHECKING:
@@ -78,11 +79,10 @@ class Call:
             self.budget = self.mount.rates.take(self.client)
 
     def overrides(self, record: Record) -> dict[str, str]:
-        """The headers that the shop's hook sets upstream, and the request's id; the record learns the tenant."""
+        """The headers that the app's hook sets upstream; the record learns the tenant."""
         overrides = self.mount.call_hook()
         if overrides:
             record.own_key = CREDENTIALS.isdisjoint(map(str.lower, overrides))
-        overrides["X-Request-ID"] = self.request_id
         if self.mount.wants_model and (tenant := g.get("relay_tenant")) is not None:
             record.tenant = str(tenant)
         return overrides
@@ -133,6 +133,8 @@ def stream(
 
     It takes no Call: whatever this holds, the stream holds to its end. `settings`: others than the mount's.
     """
+    # A hook of the app's may have given the request an id: there must not be two.
+    record.request_id = sane_request_id(response.headers.pop("X-Request-ID", None)) or record.request_id
     method, host, request_id = str(environ["REQUEST_METHOD"]), str(environ.get("HTTP_HOST", "")), record.request_id
     beside = shows_key_beside_authorization(environ)
     checks = not mount.trusts_upstream
@@ -157,4 +159,7 @@ def stream(
         watch=mount,
         closed=response.close,
         viewed=viewed,
+        # @microsoft/fetch-event-source makes an empty message of the blank line after a comment; clients that do not
+        # ask for events by name (google-genai's in JavaScript) need it.
+        comment=HEARTBEAT_AFTER_ID if MEDIA_TYPE in str(environ.get("HTTP_ACCEPT", "")).lower() else HEARTBEAT,
     )

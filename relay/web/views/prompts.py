@@ -120,6 +120,7 @@ def _intake(
         record.model = prompt.model
         if heard is not None:
             heard(prompt)
+        overrides["X-Request-ID"] = record.request_id
         return mount.upstream.exchange("POST", f"/{path}", None, headers, chat, overrides)
 
     expected = None if event_source else expected_body(asked, min(settings.max_body, _MOST_PROMPT), "a prompt's bound")

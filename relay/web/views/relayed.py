@@ -19,10 +19,13 @@ from relay.web.intake import Body, Intake
 from relay.web.request import Wish, expected_body, raw_target, wish_for_events, without_body
 from relay.web.views import answers, calls
 from relay.web.views.calls import Call
-from relay.wire.sse import GAVE_UP
+from relay.wire.sse import GAVE_UP, MEDIA_TYPE
 from relay.wire.target import METHODS, bad_target
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from relay.settings import Settings
     from relay.upstream.exchange import Exchange
     from relay.web.mount import Mount
 
@@ -79,12 +82,13 @@ def relay_request(mount: Mount, rest: str) -> Response:
                 record.model = said.model
             if wish is Wish.BODY:
                 record.asks_for_events = said.stream
+        overrides["X-Request-ID"] = record.request_id
         return mount.upstream.exchange(method, slash + path, query, headers, body, overrides)
 
     intake = Intake(environ, expected, mount.body_memory, finish)
 
-    if settings.heartbeat and _BEARS_NO_COMMENTS.search(path):
-        settings = replace(settings, heartbeat=0.0)  # which turns the hold off too
+    record.dialect = errors.dialect_of(f"/{path}")
+    settings = _fitting(settings, method, path, environ)
 
     def begin(response: Response, start_response: Callable[..., Any]) -> Iterable[bytes]:
         return calls.stream(mount, environ, intake, record, response, start_response, settings=settings)
@@ -107,6 +111,19 @@ def _check_place(mount: Mount, rest: str) -> None:
         raise errors.NotFound("the relay serves nothing at this path, and what is below _relay/ never goes upstream")
     if mount.beside(current_app):
         leave_to_the_app(rest)
+
+
+def _fitting(settings: Settings, method: str, path: str, environ: Mapping[str, Any]) -> Settings:
+    """The settings, but for what this request's client does not bear or need."""
+    off = str(environ.get("HTTP_X_RELAY_HEARTBEAT", "")).strip().lower() == "off"
+    if settings.heartbeat and (off or _BEARS_NO_COMMENTS.search(path)):
+        return replace(settings, heartbeat=0.0)  # which turns the hold off too
+    # An MCP client's stream of notifications is silent until there are some (modelcontextprotocol.io, "Streamable
+    # HTTP"): heartbeats and the kernel watch over it.
+    accepts = str(environ.get("HTTP_ACCEPT", "")).lower()
+    if method == "GET" and "HTTP_MCP_SESSION_ID" in environ and MEDIA_TYPE in accepts:
+        return replace(settings, idle_timeout=0.0)
+    return settings
 
 
 def leave_to_the_app(_rest: str) -> None:
