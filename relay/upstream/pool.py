@@ -6,6 +6,7 @@ import os
 import socket
 import ssl
 import time
+import weakref
 from collections import deque
 from typing import Any
 
@@ -36,6 +37,7 @@ class Pool:
         self._idle = idle
         self._connections: deque[Connection] = deque(maxlen=most)
         self._process = os.getpid()
+        weakref.finalize(self, _close_all, self._connections)  # not __del__: the sockets' own may come first
 
     def take(self) -> Connection | None:
         """The connection that was put back last, if it may be used again: nothing may have arrived on it, an end least
@@ -72,16 +74,21 @@ class Pool:
 
     def clear(self) -> None:
         """Close all of them. In a forked process this closes its copies only, and the other's go on."""
-        while self._connections:
-            self._drop_oldest()
-
-    __del__ = clear
+        _close_all(self._connections)
 
     def _drop_oldest(self) -> None:
         try:
             self._connections.popleft().close()
         except IndexError:
             pass  # another thread was faster
+
+
+def _close_all(connections: deque[Connection]) -> None:
+    try:
+        while True:
+            connections.popleft().close()
+    except IndexError:
+        pass
 
 
 def _silent(sock: Any) -> bool:
