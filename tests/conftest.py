@@ -8,10 +8,11 @@ import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from harness import SEED, servers
+from harness.authority import Authority
 from harness.client import Client
 from harness.upstream import Upstream
 from hypothesis import HealthCheck, settings
@@ -64,6 +65,22 @@ class Service:
     @property
     def port(self) -> int:
         return self.client.port
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The addresses that the relay's resolver returns in this process, which remembers no dead ones."""
+    from relay.upstream import connect, dns
+
+    found: list[Any] = []
+    monkeypatch.setattr(dns, "resolve", lambda _host, _port: list(found))
+    monkeypatch.setattr(connect, "_dead", {})
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from harness import DEADLINE, cases, llm, servers
 from harness.calm import undisturbed
 from harness.upstream import Upstream, deaf
 from test_floors import OPTIONAL, modules_after
-from test_upstream_connections import Authority, Proxy
+from test_upstream_connections import Proxy
 
 from relay.client import (
     Cut,
@@ -39,6 +39,7 @@ from relay.client import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from harness.authority import Authority
     from harness.upstream import Exchange, Framing, Handler
 
 CHAT = "/chat/completions"
@@ -638,11 +639,6 @@ def test_who_answers_no_http_has_cut(direct: Place, garbage: bytes) -> None:
 
 
 # --- TLS, proxies
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("ca"))
 
 
 def test_tls_with_an_authority_of_ones_own(authority: Authority) -> None:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from flask import Flask
 from harness import DEADLINE, REPO, eventually, servers
+from harness.authority import Authority
 from harness.client import Client, Connection
 from harness.servers import free_port
 from harness.upstream import Upstream
-from test_upstream_connections import Authority
 
 from relay import Relay
 

@@ -30,11 +30,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from harness import REPO, SEED, eventually
+from harness.authority import Authority
 from harness.calm import Pulse
 from harness.upstream import Upstream
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from test_upstream_connections import Authority
 
 import relay.stream.relayed
 import relay.upstream.endpoint

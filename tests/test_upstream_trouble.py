@@ -22,7 +22,7 @@ from harness import DEADLINE, REPO, servers
 from harness.client import request
 from harness.upstream import Upstream as Answering
 from harness.upstream import deaf
-from test_upstream_connections import Authority, Proxy
+from test_upstream_connections import Proxy
 from test_upstream_way import BODY, address, answer, listening, read_head
 
 from relay import errors
@@ -37,10 +37,7 @@ from relay.wire import http1
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("authority"))
+    from harness.authority import Authority
 
 
 @pytest.fixture(scope="module")
@@ -169,14 +166,6 @@ def test_what_is_left_of_a_request_that_was_sent_in_part_follows() -> None:
 
 
 # --- Addresses
-
-
-@pytest.fixture
-def names(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    found: list[Any] = []
-    monkeypatch.setattr(dns, "resolve", lambda _host, _port: list(found))
-    monkeypatch.setattr(connect, "_dead", {})
-    return found
 
 
 def test_the_last_address_has_its_turn_within_a_short_time(names: list[Any]) -> None:

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from harness import DEADLINE, REPO, servers
+from harness.authority import Authority
 from harness.client import Connection, request
 from harness.upstream import Upstream, deaf
-from test_upstream_connections import Authority
 
 from relay import errors
-from relay.upstream import connect, dns, pool
+from relay.upstream import connect, pool
 from relay.upstream.connect import Peer
 
 if TYPE_CHECKING:
@@ -60,11 +60,6 @@ def listening(serve: Callable[[socket.socket], None], context: ssl.SSLContext | 
         threading.Thread(target=accept, daemon=True).start()
         yield listener.getsockname()[1]
         listener.shutdown(socket.SHUT_RDWR)
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("authority"))
 
 
 def read_head(sock: socket.socket) -> bytes:
@@ -170,15 +165,6 @@ def test_an_answer_comes_through_although_the_upstream_has_not_the_whole_request
 
 def address(port: int, host: str = "127.0.0.1") -> Any:
     return socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (host, port)
-
-
-@pytest.fixture
-def names(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The addresses that the resolver returns, and no memory of dead ones."""
-    found: list[Any] = []
-    monkeypatch.setattr(dns, "resolve", lambda _host, _port: list(found))
-    monkeypatch.setattr(connect, "_dead", {})
-    return found
 
 
 def test_a_second_address_is_tried_while_the_first_is_silent(names: list[Any]) -> None:
