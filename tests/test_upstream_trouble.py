@@ -28,6 +28,7 @@ from test_upstream_way import BODY, address, answer, listening, read_head
 from relay import errors
 from relay.cli.doctor import probe
 from relay.settings import Settings
+from relay.stream.waiting import OTHER, threads
 from relay.upstream import connect, dns, exchange, faults
 from relay.upstream.connect import Peer
 from relay.upstream.endpoint import Upstream
@@ -428,6 +429,14 @@ assert os.waitpid(child, 0)[1] == 0
         cwd=REPO, capture_output=True, text=True, timeout=30, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_a_thread_waits_for_a_word_without_a_deadline() -> None:
+    """As a stream does while its request is being sent, on a server that shows no client's socket."""
+    waiter = threads.ThreadWaiter(None, lambda: 1.0)
+    threading.Timer(0.1, waiter.wake).start()
+    assert waiter.wait(float("inf")) is OTHER
+    waiter.close()
 
 
 # --- Peers that vanish

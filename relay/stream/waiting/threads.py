@@ -72,7 +72,7 @@ class ThreadWaiter:
                 if left <= 0:
                     return OTHER
                 if self._poll is None:
-                    self._event.wait(left if self._client is None else min(left, _TICK))
+                    self._event.wait(min(left, _LONG_TICK if self._client is None else _TICK))  # it takes no infinity
                 elif any(fd == self._upstream_fd for fd, _ in self._poll.poll(min(left, _LONG_TICK) * 1000)):
                     return READY
         finally:
