@@ -348,7 +348,7 @@ def test_bodies_in_a_row_on_one_connection(upstream: Upstream) -> None:
         for _ in range(4):
             response = connection.read_head()
             assert response.status == 200
-            response.finish()
+            response.read_exactly(2)  # and not more: the next answer may be there already
         assert [ex.body for ex in upstream.seen()[before:]] == [b"abc", b"hello", BODY, b""]
         with socket.create_connection(("127.0.0.1", server.port)) as old:
             old.sendall(b"POST /v1/x HTTP/1.0\r\nHost: 127.0.0.1\r\nContent-Length: 3\r\n\r\nabc")
