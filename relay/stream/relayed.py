@@ -576,11 +576,6 @@ class Stream:
         while monotonic() < give_up:
             if self._waiter.wait(give_up) is GONE:
                 break
-        if self._http10 and self._client is not None:
-            # Only a reset tells an HTTP/1.0 client. It overtakes what is still on its way, so wait for that.
-            give_up = monotonic() + 2.0
-            while client_socket.unsent(self._client) and monotonic() < give_up:
-                time.sleep(0.005)
         if self._client is not None:
             # Whoever stands between here and the server may swallow the exception and end the body cleanly.
             self._waiter.close()

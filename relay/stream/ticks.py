@@ -219,11 +219,9 @@ class Ticks:
 
     def _cut(self) -> None:
         """End the connection so that nobody takes the body for whole, as a relayed stream does."""
-        if self._http10 and self._client is not None:
-            give_up = time.monotonic() + 2.0
-            while client_socket.unsent(self._client) and time.monotonic() < give_up:
-                time.sleep(0.005)
-            client_socket.close_with_reset(self._client)
+        if self._client is not None:
+            self._waiter.close()
+            client_socket.cut(self._client, reset=self._http10)
         raise errors.StreamCut
 
     def close(self) -> None:

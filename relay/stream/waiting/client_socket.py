@@ -47,7 +47,8 @@ def close_with_reset(client: Any) -> None:
 
 def cut(client: Any, *, reset: bool) -> None:
     """End the connection so that nothing more can be written to it, whoever tries: with a FIN, which ends a chunked or
-    counted body too early, or with a `reset`, the only cut that an HTTP/1.0 client can see.
+    counted body too early, or with a `reset`, the only cut that an HTTP/1.0 client can see. A reset overtakes what is
+    still on its way, so that is waited for, 2 s at most.
 
     A server that sends its FIN first (gunicorn's gthread and sync workers do) would turn SO_LINGER's reset into a clean
     end, so the descriptor gets another socket: with that the connection is closed here, and the server closes nothing.
@@ -56,6 +57,9 @@ def cut(client: Any, *, reset: bool) -> None:
         if not reset:
             client.shutdown(socket.SHUT_WR)
             return
+        give_up = time.monotonic() + 2.0
+        while unsent(client) and time.monotonic() < give_up:
+            time.sleep(0.005)
         close_with_reset(client)
         with socket.socket() as other:
             os.dup2(other.fileno(), client.fileno(), inheritable=False)
