@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from relay.settings import Settings
 
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
 
 def client_address(environ: Mapping[str, Any], settings: Settings) -> str:
     """The client's address: the peer's, or what trusted proxies say of it in `X-Forwarded-For`.
@@ -24,7 +26,7 @@ def client_address(environ: Mapping[str, Any], settings: Settings) -> str:
         return peer
     forwarded = environ.get("HTTP_X_FORWARDED_FOR")
     hops = str(forwarded).split(",") if forwarded else []
-    while hops and (address is None or any(address in network for network in settings.trusted_proxies)):
+    while hops and _trusted(address, settings):
         hop = hops.pop().strip()
         if hop:
             address = parse_address(_without_port(hop))
@@ -38,9 +40,13 @@ def over_tls(environ: Mapping[str, Any], settings: Settings) -> bool:
     if environ.get("wsgi.url_scheme") == "https":
         return True
     peer = parse_address(str(environ.get("REMOTE_ADDR") or ""))
-    trusted = peer is None or any(peer in network for network in settings.trusted_proxies)
     said = str(environ.get("HTTP_X_FORWARDED_PROTO", "")).rpartition(",")[2].strip().lower()
-    return trusted and said == "https"
+    return said == "https" and _trusted(peer, settings)
+
+
+def _trusted(peer: Address | None, settings: Settings) -> bool:
+    """Whether what this peer says of others counts. None is one on a unix socket."""
+    return peer is None or any(peer in network for network in settings.trusted_proxies)
 
 
 def payer(address: str) -> str:
@@ -55,7 +61,7 @@ def payer(address: str) -> str:
 
 
 @lru_cache(maxsize=4096)
-def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+def parse_address(text: str) -> Address | None:
     """An address; of an IPv4 address that a socket of both kinds shows as `::ffff:127.0.0.1`, the IPv4 one."""
     try:
         address = ipaddress.ip_address(text)

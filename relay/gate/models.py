@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _IN_PATH = re.compile(r"(?:^|/)(?:deployments|engines|models|tunedmodels|model)/+([^/:]+)", re.IGNORECASE)
 #: Methods that make something. Others may name no model, such as a GET of the list of models.
 _MAKING = frozenset(["POST", "PUT", "PATCH"])
+_ANOTHER = "the model is not among those that this relay serves (RELAY_MODELS)"
 
 
 def check_models(models: Collection[str], method: str, path: str, query: str | None, asked: Asked) -> None:
@@ -32,7 +33,7 @@ def check_models(models: Collection[str], method: str, path: str, query: str | N
         )
     named = elsewhere + asked.models
     if not all(_among(model, models) for model in named):
-        raise _refusal("the model is not among those that this relay serves (RELAY_MODELS)")
+        raise _refusal(_ANOTHER)
     if method in _MAKING and not named:
         raise _refusal(
             "the request names no model, and this relay serves only some (RELAY_MODELS); "
@@ -43,7 +44,7 @@ def check_models(models: Collection[str], method: str, path: str, query: str | N
 def check_named(model: str, models: Collection[str]) -> None:
     """Refuse another model than these. Raises Forbidden."""
     if model not in models:
-        raise _refusal("the model is not among those that this relay serves (RELAY_MODELS)")
+        raise _refusal(_ANOTHER)
 
 
 def _named(method: str, path: str, query: str | None) -> Iterable[str]:

@@ -76,11 +76,7 @@ class Admission:
                 if self._of_client.get(client, 0) >= self._per_client:
                     raise self._too_many()
                 self._of_client[client] = self._of_client.get(client, 0) + 1
-            if self.open < self.maximum:
-                self.open += 1
-                lease.granted = True
-            else:
-                self._queue.append(lease)
+            self._grant_or_queue(lease)
         return lease
 
     def lend(self, lease: Lease) -> None:
@@ -88,15 +84,10 @@ class Admission:
 
         The lease still counts as one of its client's.
         """
-        heir = None
         with self._lock:
             lease.granted = False
             lease.lent = True
-            if self._queue:
-                heir = self._queue.popleft()
-                heir.granted = True
-            else:
-                self.open -= 1
+            heir = self._pass_on()
         if heir is not None:
             heir.wake()
 
@@ -104,11 +95,23 @@ class Admission:
         """Take a slot again, or a place in the queue for one."""
         with self._lock:
             lease.lent = False
-            if self.open < self.maximum:
-                self.open += 1
-                lease.granted = True
-            else:
-                self._queue.append(lease)
+            self._grant_or_queue(lease)
+
+    def _grant_or_queue(self, lease: Lease) -> None:
+        if self.open < self.maximum:
+            self.open += 1
+            lease.granted = True
+        else:
+            self._queue.append(lease)
+
+    def _pass_on(self) -> Lease | None:
+        """Give a slot to the first in the queue, whom the caller wakes once it has let go of the lock; else free it."""
+        if not self._queue:
+            self.open -= 1
+            return None
+        heir = self._queue.popleft()
+        heir.granted = True
+        return heir
 
     def full(self) -> errors.Full:
         """The error of a request that found no slot."""
@@ -141,11 +144,8 @@ class Admission:
                 pass
             elif not lease.granted:
                 self._queue.remove(lease)
-            elif self._queue:
-                heir = self._queue.popleft()
-                heir.granted = True
             else:
-                self.open -= 1
+                heir = self._pass_on()
         if heir is not None:
             heir.wake()
         if self._shared is not None:

@@ -28,8 +28,6 @@ _NO_ISSUER = {2, 18, 19, 20, 21}
 
 def not_connected(error: BaseException, seconds: float) -> errors.RelayError:
     """No connection came about within `seconds`, or one failed before the request was sent."""
-    if isinstance(error, ProxyRefused):
-        return _refused_by_proxy(error.status)
     of_proxy = isinstance(error, OfTheProxy)
     cause: BaseException = error.error if isinstance(error, OfTheProxy) else error
     if isinstance(cause, ProxyRefused):

@@ -33,7 +33,7 @@ class Intake:
     """What prepares the exchange of one stream (relay.stream.relayed.Intake)."""
 
     __slots__ = (
-        "_expected", "_finish", "_memory", "_moved_at", "_source", "_stopped", "_taken", "_window_at", "_window_from",
+        "_expected", "_finish", "_memory", "_source", "_stopped", "_taken", "_window_at", "_window_from",
         "exchange", "reading", "received", "uploads",
     )  # fmt: skip
 
@@ -46,8 +46,8 @@ class Intake:
         self._finish: Finish | None = finish
         self._taken = 0  # bytes that are counted for this body
         self._stopped: errors.RelayError | None = None
-        self._moved_at = self._window_at = 0.0
-        self._window_from = 0
+        # The window in which progress is measured: its beginning, and the bytes that had come by then.
+        self._window_at, self._window_from = 0.0, 0
         self.exchange: Exchange
         self.uploads = expected is not None
         self.reading = False
@@ -56,19 +56,17 @@ class Intake:
     def start(self, now: float) -> None:
         """Start the clocks (monotonic seconds)."""
         self.reading = True
-        self._moved_at = self._window_at = now
+        self._window_at = now
 
     def overdue(self, now: float) -> bool:
         """Whether the upload has been given up, by its clocks. Called from elsewhere while it is read."""
-        if self.received - self._window_from == 0:
-            late = now - self._moved_at >= _SILENCE
+        elapsed, moved = now - self._window_at, self.received - self._window_from
+        if not moved:
+            late = elapsed >= _SILENCE
         else:
-            elapsed = now - self._window_at
-            moved = self.received - self._window_from
             late = elapsed >= _OVER and moved + _PIECE < _PACE * elapsed
             if elapsed >= _OVER:
                 self._window_at, self._window_from = now, self.received
-                self._moved_at = now
         if late:
             self.stop(
                 errors.RequestTimeout(

@@ -84,7 +84,7 @@ class Mount:
 
     @cached_property
     def without_heartbeats(self) -> Settings:
-        """The settings of a stream whose heartbeats somebody else sends."""
+        """The settings of a stream whose client wants no heartbeats, or gets them from somebody else."""
         return replace(self.settings, heartbeat=0.0, hold=0.0)
 
     @cached_property

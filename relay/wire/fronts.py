@@ -98,10 +98,11 @@ ORDERS = {
     "Kong, Traefik, API Gateway": "x-kong-* x-traefik-* x-amzn-remapped-* x-amz-apigw-*",
     # what a proxy or a rewriting server behind another takes as the request's, echoed
     "proxies in general": "x-forwarded-* x-rewrite-url",
-    # caches' own controls, and what purges them; relay.wire.headers drops `*cdn-cache-control` (RFC 9213) too
+    # caches' own controls, and what purges them; relay.wire.headers drops `*cdn-cache-control` (RFC 9213) and
+    # `*surrogate-control` too
     "Fastly, Akamai, Varnish, Cloudflare, mod_pagespeed": """
         surrogate-key fastly-* edge-control edge-cache-tag akamai-* x-akamai-* cache-tag cache-tags x-cache-tag* xkey
-        x-varnish x-varnish-* varnish-ttl x-ban-* x-purge x-purge-* x-esi x-cache-invalidate surrogate-control
+        x-varnish x-varnish-* varnish-ttl x-ban-* x-purge x-purge-* x-esi x-cache-invalidate
         x-magento-tags x-drupal-cache-tags pagespeed pagespeedfilters x-nf-*
     """,
 }  # fmt: skip

@@ -58,7 +58,7 @@ def relay_request(mount: Mount, rest: str) -> Response:
     call.permit(method, path)
     if method == "GET" and environ.get("HTTP_LAST_EVENT_ID") == GAVE_UP:
         return answers.empty(204)
-    if method in ("GET", "HEAD") and mount.settings.adds_key and not _FREE_GET.fullmatch(path):
+    if method in ("GET", "HEAD") and settings.adds_key and not _FREE_GET.fullmatch(path):
         call.paid_get()
     call.count()
     expected = expected_body(asked, settings.max_body)
@@ -88,7 +88,7 @@ def relay_request(mount: Mount, rest: str) -> Response:
     intake = Intake(environ, expected, mount.body_memory, finish)
 
     record.dialect = errors.dialect_of(f"/{path}")
-    settings = _fitting(settings, method, path, environ)
+    settings = _fitting(mount, method, path, environ)
 
     def begin(response: Response, start_response: Callable[..., Any]) -> Iterable[bytes]:
         return calls.stream(mount, environ, intake, record, response, start_response, settings=settings)
@@ -110,14 +110,15 @@ def _check_place(mount: Mount, rest: str) -> None:
     if rest == "_relay" or rest.startswith("_relay/"):
         raise errors.NotFound("the relay serves nothing at this path, and what is below _relay/ never goes upstream")
     if mount.beside(current_app):
-        leave_to_the_app(rest)
+        _leave_to_the_app()
 
 
-def _fitting(settings: Settings, method: str, path: str, environ: Mapping[str, Any]) -> Settings:
-    """The settings, but for what this request's client does not bear or need."""
+def _fitting(mount: Mount, method: str, path: str, environ: Mapping[str, Any]) -> Settings:
+    """The mount's settings, but for what this request's client does not bear or need."""
+    settings = mount.settings
     off = str(environ.get("HTTP_X_RELAY_HEARTBEAT", "")).strip().lower() == "off"
     if settings.heartbeat and (off or _BEARS_NO_COMMENTS.search(path)):
-        return replace(settings, heartbeat=0.0)  # which turns the hold off too
+        return mount.without_heartbeats
     # An MCP client's stream of notifications is silent until there are some (modelcontextprotocol.io, "Streamable
     # HTTP"): heartbeats and the kernel watch over it.
     accepts = str(environ.get("HTTP_ACCEPT", "")).lower()
@@ -126,7 +127,7 @@ def _fitting(settings: Settings, method: str, path: str, environ: Mapping[str, A
     return settings
 
 
-def leave_to_the_app(_rest: str) -> None:
+def _leave_to_the_app() -> None:
     """Raise the app's 405 if a rule of the app's knows this path, by whatever method."""
     adapter = current_app.create_url_adapter(request)
     assert adapter is not None and request.url_rule is not None  # noqa: S101, PT018 - for the type checker
