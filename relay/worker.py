@@ -117,12 +117,12 @@ class Worker(GeventWorker):  # type: ignore[misc]
             self._idle.pop(client, None)
             _held.pop(client, None)
             _heads.pop(client, None)
-            _tails.pop(client, None)
             _waiting.discard(client)
 
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
         self._idle.pop(sock, None)
-        _heads.pop(sock, None)
+        if (head := _heads.get(sock)) is not None:
+            head.coming = False
         _check_coding(req)
         req.version = min(req.version, (1, 1))  # gunicorn would answer HTTP/1.2 in HTTP/1.2 (RFC 9110 section 2.5)
         _untie(req)
@@ -140,7 +140,8 @@ class Worker(GeventWorker):  # type: ignore[misc]
             raise StopIteration
         _discard(req.body)
         self._idle[sock] = now
-        _heads[sock] = _Head()
+        if head is not None:
+            head.begin()
 
     # Stopping.
 
@@ -289,19 +290,24 @@ def _count_as(pid: int) -> None:
 
 
 class _Head:
-    """The request's head that a client is about to send: how much of it has come, and since when."""
+    """The head of a client's next request: how much of it has come, and since when."""
 
-    __slots__ = ("began", "size")
+    __slots__ = ("began", "coming", "size", "tail")
 
     def __init__(self) -> None:
+        # The last bytes that were read. gunicorn may hold the beginning of a head already, which came with what was
+        # before it, so that the end of a head may lie in what is read and the bytes before.
+        self.tail = b""
+        self.begin()
+
+    def begin(self) -> None:
+        """What is read from now on is a head."""
+        self.coming = True
         self.began: float | None = None  # monotonic seconds
         self.size = 0
 
 
-#: By client: the head that comes next, and the last bytes that were read. gunicorn may hold the beginning of a head
-#: already, which came with what was before it, so that the end of a head may lie in what is read and the bytes before.
-_heads: dict[Any, _Head] = {}
-_tails: dict[Any, bytes] = {}
+_heads: dict[Any, _Head] = {}  # by client
 #: The clients that send their body once they are told to (`Expect: 100-continue`).
 _waiting: set[Any] = set()
 #: What `join_next` holds back of each client's: None while nothing has been written yet.
@@ -320,9 +326,11 @@ class _Client(gevent.socket.socket):  # type: ignore[misc]
         data: bytes = super().recv(*args)
         head = _heads.get(self)
         if head is None:
-            _tails[self] = data[-3:]
             return data
-        read = bytearray(_tails.get(self, b""))
+        if not head.coming:
+            head.tail = data[-3:]
+            return data
+        read = bytearray(head.tail)
         before, patience = len(read), self.gettimeout()
         head.began = head.began or time.monotonic()
         try:
@@ -343,7 +351,7 @@ class _Client(gevent.socket.socket):  # type: ignore[misc]
             raise HeadTooSlow from None
         finally:
             self.settimeout(patience)
-        _tails[self] = bytes(read[-3:])
+        head.tail = bytes(read[-3:])
         return bytes(read[before:])
 
     def say_continue(self) -> None:
