@@ -69,7 +69,9 @@ class HubWaiter:
     def attend(self) -> None:
         if self._client is not None and not self._gone and not self._client.active:
             self._client.start(self._client_readable, self._socket)
-        self._arm(time.monotonic() + self._tick())
+        at = time.monotonic() + self._tick()
+        if at < self._timer_at:  # a timer costs more than a look too many
+            self._arm(at)
 
     def watch(self, upstream: Any) -> None:
         self._read = self._hub.loop.io(upstream.fileno(), _READ)
