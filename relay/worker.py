@@ -20,7 +20,7 @@ import gevent
 import gevent.socket
 from gunicorn.http import errors as http_errors
 from gunicorn.http import message as http_message
-from gunicorn.http.body import ChunkedReader
+from gunicorn.http.body import ChunkedReader, LengthReader
 from gunicorn.workers.ggevent import GeventWorker
 
 from relay import errors
@@ -259,6 +259,9 @@ def _check_coding(req: Any) -> None:
 
 def _discard(body: Any) -> None:
     """Read what an answer left of its request: the next head begins behind it."""
+    reader = body.reader
+    if isinstance(reader, LengthReader) and not reader.length:
+        return  # nearly always
     whole = False
     with gevent.Timeout(_REST_TIME, exception=False):
         try:
@@ -292,7 +295,7 @@ def _count_as(pid: int) -> None:
 class _Head:
     """The head of a client's next request: how much of it has come, and since when."""
 
-    __slots__ = ("began", "coming", "size", "tail")
+    __slots__ = ("after", "began", "coming", "size", "tail")
 
     def __init__(self) -> None:
         # The last bytes that were read. gunicorn may hold the beginning of a head already, which came with what was
@@ -305,6 +308,7 @@ class _Head:
         self.coming = True
         self.began: float | None = None  # monotonic seconds
         self.size = 0
+        self.after = 0  # bytes that have come with its end
 
 
 _heads: dict[Any, _Head] = {}  # by client
@@ -330,6 +334,9 @@ class _Client(gevent.socket.socket):  # type: ignore[misc]
         if not head.coming:
             head.tail = data[-3:]
             return data
+        if not head.size and (end := data.find(b"\r\n\r\n")) >= 0:  # nearly always
+            head.size, head.tail, head.after = len(data), data[-3:], len(data) - end - 4
+            return data
         read = bytearray(head.tail)
         before, patience = len(read), self.gettimeout()
         head.began = head.began or time.monotonic()
@@ -353,6 +360,12 @@ class _Client(gevent.socket.socket):  # type: ignore[misc]
             self.settimeout(patience)
         head.tail = bytes(read[-3:])
         return bytes(read[before:])
+
+    def has_read(self, size: int) -> bool:
+        """Whether so many bytes of the request's body have been read along with its head, so that no more is waited
+        for."""
+        head = _heads.get(self)
+        return head is not None and 0 < size <= head.after and self not in _waiting
 
     def say_continue(self) -> None:
         """Tell a client that asked first to send its body (RFC 9110 section 10.1.1)."""

@@ -29,6 +29,12 @@ Body = bytes | bytearray | None
 Finish = Callable[[Body], Generator[None, None, "Exchange"]]
 
 
+def _is_there(environ: dict[str, Any], expected: Expected) -> bool:
+    """Whether the server has the whole body already, as ours can tell: reading it waits for nobody."""
+    has_read = getattr(environ.get("gunicorn.socket"), "has_read", None)
+    return has_read is not None and expected.length is not None and has_read(expected.length)
+
+
 class Intake:
     """What prepares the exchange of one stream (relay.stream.relayed.Intake)."""
 
@@ -49,7 +55,7 @@ class Intake:
         # The window in which progress is measured: its beginning, and the bytes that had come by then.
         self._window_at, self._window_from = 0.0, 0
         self.exchange: Exchange
-        self.uploads = expected is not None
+        self.uploads = expected is not None and not _is_there(environ, expected)
         self.reading = False
         self.received = 0
 
