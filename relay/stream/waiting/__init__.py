@@ -97,17 +97,22 @@ def cooperative() -> bool:
     return monkey is not None and monkey.is_module_patched("socket")
 
 
-def waiter(client: Any, tick: Callable[[], float]) -> Waiter:
+def _at_once() -> float:
+    return 0.0
+
+
+def waiter(client: Any, tick: Callable[[], float], due: Callable[[], float] = _at_once) -> Waiter:
     """The kind that fits this process.
 
     `client`: the client's socket, or None where the server does not show it; then its going is not noticed. `tick` is
     called now and then while the stream does something else than wait (it writes); it returns the seconds until it
-    wants to be called again.
+    wants to be called again. `due` is asked when a deadline has passed: monotonic seconds until when the wait can go
+    on nevertheless, as deadlines move away while nobody looks.
     """
     if cooperative():
         from relay.stream.waiting.hub import HubWaiter
 
-        return HubWaiter(client, tick)
+        return HubWaiter(client, tick, due)
     from relay.stream.waiting.threads import ThreadWaiter
 
     return ThreadWaiter(client, tick)

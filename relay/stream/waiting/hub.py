@@ -26,6 +26,7 @@ class HubWaiter:
 
     __slots__ = (
         "_client",
+        "_due",
         "_every",
         "_gone",
         "_hub",
@@ -39,9 +40,10 @@ class HubWaiter:
         "_woken",
     )
 
-    def __init__(self, client: Any, tick: Callable[[], float]) -> None:
+    def __init__(self, client: Any, tick: Callable[[], float], due: Callable[[], float]) -> None:
         self._hub = get_hub()
         self._tick = tick
+        self._due = due
         self._every = tick()  # seconds
         self._waiting: Any = None  # the greenlet that waits in `wait`
         self._read: Any = None
@@ -89,8 +91,8 @@ class HubWaiter:
         if self._woken:
             self._woken = False
             return OTHER
-        # The timer stays armed across events, since deadlines mostly move away; when it goes off too early, the
-        # stream looks at its clocks and waits on.
+        # The timer stays armed across events, since deadlines mostly move away; when it goes off too early, `due` says
+        # so, or the stream looks at its clocks and waits on.
         if deadline < self._timer_at:
             self._arm(min(deadline, time.monotonic() + self._every))
         # The read watcher stays on across events, too; it is turned off only if it speaks while nobody listens.
@@ -124,7 +126,7 @@ class HubWaiter:
                 watcher.stop()
                 watcher.close()
         self._client = self._read = self._timer = self._socket = None
-        self._tick = _done
+        self._tick = self._due = _done
         self._timer_at = -_NEVER
 
     def _arm(self, at: float) -> None:
@@ -149,7 +151,11 @@ class HubWaiter:
         self._timer = None
         self._timer_at = _NEVER
         if self._waiting is not None:
-            self._waiting.switch(OTHER)
+            due, now = self._due(), time.monotonic()
+            if due > now:
+                self._arm(min(due, now + self._every))
+            else:
+                self._waiting.switch(OTHER)
         else:
             self._woken = True
             self._arm(time.monotonic() + self._tick())
