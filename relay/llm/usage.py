@@ -93,9 +93,9 @@ class Excerpt:
         """Take the figures out of the lines that are whole, and keep the end of the one that is not."""
         text = b"".join(self._pieces)
         left = text[max(text.rfind(b"\n") + 1, len(text) - KEPT) :]
-        # A search of all that passes costs a twentieth of the busiest stream, and a second one as much again: Ollama's
-        # figures are the last of its answer.
-        if b'"usage' in text or text.find(b'eval_count"', -_END_OF_OLLAMA) >= 0:
+        # Backwards it is twice as fast. A second search of all that passes would cost the busiest stream a twentieth,
+        # and Ollama's figures are the last of its answer.
+        if text.rfind(b'"usage') >= 0 or text.find(b'eval_count"', -_END_OF_OLLAMA) >= 0:
             self._found |= _figures(text)
         self._pieces, self._size = [left], len(left)
 
