@@ -78,11 +78,14 @@ _DIALECTS = {
     "/api/chat": "ollama", "/api/generate": "ollama", "/api/embed": "ollama", "/api/embeddings": "ollama",
     "/v1/chat": "cohere", "/v2/chat": "cohere",
 }  # fmt: skip
+_ENDS = tuple(_DIALECTS)
 
 
 def dialect_of(path: str) -> str:
     """How the API of this path tells of errors: the name of it, or an empty text for the usual way."""
-    return next((dialect for end, dialect in _DIALECTS.items() if path.endswith(end)), "")
+    if not path.endswith(_ENDS):
+        return ""
+    return next(dialect for end, dialect in _DIALECTS.items() if path.endswith(end))
 
 
 class BadRequest(RelayError):

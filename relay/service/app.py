@@ -18,6 +18,7 @@ from relay.service import open_streams
 from relay.settings import Settings, environment, split_bind
 from relay.web import cors
 from relay.web.extension import Relay
+from relay.web.request import current_request
 from relay.web.routes import PARTS, routes
 from relay.web.views import answers, state
 from relay.wire.target import METHODS
@@ -80,7 +81,7 @@ def _metrics(settings: Settings) -> Response:
     if not _on_admin_address(settings):
         raise errors.NotFound("nothing is at this path; metrics are on RELAY_ADMIN_BIND")
     response = Response(metrics().expose(), content_type=CONTENT_TYPE)
-    response.headers["X-Request-ID"] = answers.request_id()
+    response.headers["X-Request-ID"] = answers.request_id(request.environ)
     return response
 
 
@@ -98,10 +99,11 @@ def _streams(settings: Settings) -> Response:
 def _admin_has_no_more(settings: Settings) -> None:
     """Serve only admin routes on the admin address, and those to no page: it is open to monitoring, and may bypass the
     proxy that protects the service. Raises NotFound or Forbidden."""
-    answers.check_slashes()
+    environ = current_request().environ
+    answers.check_slashes(environ)
     if not _on_admin_address(settings):
         return
-    check_admin(request.environ, settings)
+    check_admin(environ, settings)
     if request.endpoint not in _ADMIN:
         raise errors.NotFound(
             "nothing is at this path: here are health, metrics and the list of streams; the relay is on RELAY_BIND"
@@ -110,7 +112,7 @@ def _admin_has_no_more(settings: Settings) -> None:
 
 def _on_admin_address(settings: Settings) -> bool:
     """Whether the request came in at RELAY_ADMIN_BIND, by its socket's own address and not by anything that it says."""
-    sock = request.environ.get("gunicorn.socket")
+    sock = current_request().environ.get("gunicorn.socket")
     if settings.admin_bind is None or sock is None:
         return False
     return _is_admin(sock.getsockname(), settings.bind, settings.admin_bind)
@@ -157,5 +159,5 @@ def _http_error(error: HTTPException) -> Response:
 
 
 def _bug(_error: Exception) -> Response:
-    log.logger.exception("request %s failed in the relay itself", answers.request_id())
+    log.logger.exception("request %s failed in the relay itself", answers.request_id(request.environ))
     return answers.error_response(errors.RelayError("the relay failed; its log says why under this request id"))

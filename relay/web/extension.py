@@ -17,7 +17,7 @@ from relay.observe.metrics import metrics
 from relay.settings import Settings
 from relay.web import cors
 from relay.web.mount import EndHook, HeadersHook, Mount
-from relay.web.request import remember_body
+from relay.web.request import current_request, remember_body
 from relay.web.routes import MOUNTED, check, routes
 from relay.web.views import answers, relayed, state
 from relay.wire.target import METHODS
@@ -220,7 +220,7 @@ def _at(name: str, endpoint: str, view: Callable[..., Any]) -> Callable[..., Any
     """A view that is called with its relay's mount in the app that serves the request."""
 
     def bound(**arguments: Any) -> Any:
-        answers.check_slashes()
+        answers.check_slashes(current_request().environ)
         return view(current_app.extensions["relay"][name], **arguments)
 
     # Extensions tell views apart by this name: what is said of one must not hold for all of them.

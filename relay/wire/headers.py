@@ -92,6 +92,7 @@ _SCHEME = re.compile(r"[ \t]*([!#$%&'*+\-.^_`|~0-9A-Za-z]+)(?:[ \t]+|[ \t]*\Z)(?
 _NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 # Some WSGI servers leave the line break of a folded field in its value (RFC 9112 section 5.2).
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+_NO_VALUE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]|[^\x00-\xff]")  # beyond latin-1 no byte stands for it
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@/+=-]{0,127}")
 
 
@@ -172,7 +173,7 @@ class RequestHeaders:
 
 def check_field(name: str, value: str) -> None:
     """Raises ValueError for a field that would not stay on its line of the request, or that frames the request."""
-    if not _NAME.fullmatch(name) or _CONTROL.search(value) or any(character > "\xff" for character in value):
+    if not _NAME.fullmatch(name) or _NO_VALUE.search(value):
         raise ValueError(f"the header {name!r} has a character in its name or value that cannot be sent")
     if name.lower() in OF_THE_CONNECTION:
         raise ValueError(f"the header {name!r} belongs to the connection and cannot be set")

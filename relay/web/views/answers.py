@@ -7,12 +7,13 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flask import Response, current_app, request
+from flask import Response, current_app
 
 from relay import errors
 from relay.gate.address import client_address
 from relay.observe import log
 from relay.observe.metrics import metrics
+from relay.web.request import current_request
 from relay.wire.headers import SANDBOX, sane_request_id
 
 if TYPE_CHECKING:
@@ -23,14 +24,15 @@ def error_response(error: errors.RelayError) -> Response:
     """An error of the relay's as its JSON, with the headers that every response of the relay's carries."""
     # What raised it may still name it, and the frames of its traceback hold all that was read of the request.
     error.detached()
-    known_as = request_id()
+    asked = current_request()
+    known_as = request_id(asked.environ)
     metrics().refused(error.code)
     mounts = current_app.extensions["relay"]
-    asked = mounts.get(request.blueprint) or next(iter(mounts.values()))  # beside its mount the service has one
-    address = client_address(request.environ, asked.settings)
-    log.refused(error, known_as, request.method, address, request.endpoint or "")
+    mount = mounts.get(asked.blueprint) or next(iter(mounts.values()))  # beside its mount the service has one
+    address = client_address(asked.environ, mount.settings)
+    log.refused(error, known_as, asked.method, address, asked.endpoint or "")
     response = Response(
-        error.json(known_as, errors.dialect_of(request.path)), status=error.status, content_type="application/json"
+        error.json(known_as, errors.dialect_of(asked.path)), status=error.status, content_type="application/json"
     )
     for name, value in [*error.headers(), *SANDBOX, ("X-Request-ID", known_as), ("Cache-Control", "no-store")]:
         response.headers[name] = value
@@ -49,7 +51,7 @@ class _Deferred:
 _deferred_classes: dict[type, type] = {}
 
 
-def deferred(begin: Callable[[Any, Callable[..., Any]], Iterable[bytes]]) -> Response:
+def deferred(begin: Callable[[Any, Callable[..., Any]], Iterable[bytes]], environ: dict[str, Any]) -> Response:
     """A response that `begin` turns into a stream. Holds nothing that would have to be freed if it is never served."""
     base = current_app.response_class
     deferred = _deferred_classes.get(base)
@@ -59,19 +61,16 @@ def deferred(begin: Callable[[Any, Callable[..., Any]], Iterable[bytes]]) -> Res
     response: Response = deferred()
     response.headers.clear()
     response.headers["Content-Type"] = "application/octet-stream"  # for hooks that look; the upstream's goes out
-    request.environ["relay.deferred"] = True
+    environ["relay.deferred"] = True
     response.relay_begin = begin  # type: ignore[attr-defined]
     return response
 
 
 def not_replaced(response: Response) -> Response:
     """After all hooks of the app's: an error for a stream that one of them has replaced by some other success."""
-    if (
-        request.environ.pop("relay.deferred", None)
-        and not isinstance(response, _Deferred)
-        and response.status_code < 400
-    ):
-        known_as = request_id()
+    environ = current_request().environ
+    if environ.pop("relay.deferred", None) and not isinstance(response, _Deferred) and response.status_code < 400:
+        known_as = request_id(environ)
         log.app_fault(
             "an after_request hook has replaced the relay's response by one of its own, for request %s; the upstream "
             "was not called. The hook must return the response that it was given.",
@@ -82,7 +81,7 @@ def not_replaced(response: Response) -> Response:
     return response
 
 
-#: What a hook of the app's says of the placeholder's bytes is not said of the upstream's.
+#: What a hook of the app's says of the placeholder's bytes is not said of the upstream's; its id is the request's.
 _OF_THE_BYTES = frozenset(
     {
         "accept-ranges",
@@ -99,6 +98,7 @@ _OF_THE_BYTES = frozenset(
         "repr-digest",
         "trailer",
         "transfer-encoding",
+        "x-request-id",
     }
 )
 
@@ -108,13 +108,15 @@ def complete(headers: Headers, of_the_shop: Headers, request_id: str) -> Headers
 
     The shop's win over the upstream's, but not over those that keep a stranger's content harmless and a stream moving.
     """
+    of_the_shop = [pair for pair in of_the_shop if pair[0].lower() not in _OF_THE_BYTES]
+    if not of_the_shop:
+        return [*headers, ("X-Request-ID", request_id)]
     ours = {name.lower() for name, _ in SANDBOX}
     if any(name == "X-Accel-Buffering" for name, _ in headers):
         ours |= {"x-accel-buffering", "cache-control"}
-    theirs = set(_OF_THE_BYTES)
-    if of_the_shop and any(name.lower() == "retry-after" for name, _ in headers):
-        theirs.add("retry-after")  # a rate limiter of the shop's puts one on every answer
-    shop = [pair for pair in of_the_shop if pair[0].lower() not in ours | theirs]
+    if any(name.lower() == "retry-after" for name, _ in headers):
+        ours.add("retry-after")  # a rate limiter of the shop's puts one on every answer
+    shop = [pair for pair in of_the_shop if pair[0].lower() not in ours]
     replaced = {name.lower() for name, _ in shop} - {"vary", "set-cookie", "link"}
     return [
         *(pair for pair in headers if pair[0].lower() not in replaced),
@@ -123,18 +125,17 @@ def complete(headers: Headers, of_the_shop: Headers, request_id: str) -> Headers
     ]
 
 
-def check_slashes() -> None:
+def check_slashes(environ: Mapping[str, Any]) -> None:
     """Refuse a path that begins with a run of slashes. Raises NotFound.
 
     Werkzeug takes it for the same path with one, and a proxy that guards a prefix does not.
     """
-    if str(request.environ.get("PATH_INFO", "")).startswith("//"):
+    if str(environ.get("PATH_INFO", "")).startswith("//"):
         raise errors.NotFound("nothing is at this path: it begins with more than one slash")
 
 
-def request_id() -> str:
+def request_id(environ: dict[str, Any]) -> str:
     """The caller's request id if it is sane, else a new one; the same for the whole request."""
-    environ = request.environ
     known = environ.get("relay.request_id")
     if known is None:
         known = sane_request_id(environ.get("HTTP_X_REQUEST_ID")) or os.urandom(16).hex()
@@ -154,7 +155,7 @@ def empty(status: int) -> Response:
     response = Response(status=status)
     response.headers.clear()
     response.headers["Cache-Control"] = "no-store"
-    response.headers["X-Request-ID"] = request_id()
+    response.headers["X-Request-ID"] = request_id(current_request().environ)
     return response
 
 
@@ -162,5 +163,5 @@ def as_json(report: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Response
     """A report as JSON in the order of its keys, which an app's own provider may sort."""
     response = Response(json.dumps(report) + "\n", content_type="application/json")
     response.headers["Cache-Control"] = "no-store"
-    response.headers["X-Request-ID"] = request_id()
+    response.headers["X-Request-ID"] = request_id(current_request().environ)
     return response

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flask import Response, g, request
+from flask import Response, g
 
 from relay import errors
 from relay.gate.address import client_address, payer
@@ -13,6 +13,7 @@ from relay.gate.keys import client_name, shows_key_beside_authorization
 from relay.gate.origin import check_host, check_origin, check_paid_get, check_peer, check_redirect
 from relay.record import Record
 from relay.stream.relayed import Headers, Stream
+from relay.web.request import current_request
 from relay.web.views import answers
 from relay.wire.headers import CREDENTIALS, sane_request_id
 from relay.wire.sse import HEARTBEAT, HEARTBEAT_AFTER_ID, MEDIA_TYPE
@@ -33,9 +34,9 @@ class Call:
     def __init__(self, mount: Mount) -> None:
         settings = mount.settings
         self.mount = mount
-        self.asked = request._get_current_object()  # type: ignore[attr-defined] # noqa: SLF001 - each use of the proxy costs
+        self.asked = current_request()
         environ = self.environ = self.asked.environ
-        self.request_id = answers.request_id()
+        self.request_id = answers.request_id(environ)
         self.address = client_address(environ, settings)
         self.client = ""  # whom it counts for, once `identify` has said so
         self.budget: Sequence[tuple[str, str]] = ()  # response headers that tell what is left of it
@@ -103,7 +104,7 @@ class Call:
 
     def answer(self, begin: Callable[[Response, Callable[..., Any]], Iterable[bytes]]) -> Response:
         """A response that `begin` turns into a stream when Flask is done."""
-        response = answers.deferred(begin)
+        response = answers.deferred(begin, self.environ)
         for name, value in self.budget:
             response.headers[name] = value
         return response
@@ -134,7 +135,10 @@ def stream(
     It takes no Call: whatever this holds, the stream holds to its end. `settings`: others than the mount's.
     """
     # A hook of the app's may have given the request an id: there must not be two.
-    record.request_id = sane_request_id(response.headers.pop("X-Request-ID", None)) or record.request_id
+    of_the_app = list(response.headers)
+    for name, value in of_the_app:
+        if name.lower() == "x-request-id":
+            record.request_id = sane_request_id(value) or record.request_id
     method, host, request_id = str(environ["REQUEST_METHOD"]), str(environ.get("HTTP_HOST", "")), record.request_id
     beside = shows_key_beside_authorization(environ)
     checks = not mount.trusts_upstream
@@ -145,7 +149,7 @@ def stream(
     def present(status: int, headers: Headers) -> Headers:
         if checks and 300 < status < 400:
             check_redirect(status, headers, method=method, host=host, key_beside=beside)
-        return answers.complete(headers, list(response.headers), request_id)
+        return answers.complete(headers, of_the_app, request_id)
 
     return Stream(
         exchange,

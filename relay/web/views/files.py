@@ -62,6 +62,6 @@ class StaticFile:
             raise refusal
         response = Response(self._data, content_type=self._type)
         response.headers.extend([SANDBOX[0], ("Cache-Control", "no-cache"), *self._headers])
-        response.headers["X-Request-ID"] = answers.request_id()
+        response.headers["X-Request-ID"] = answers.request_id(request.environ)
         response.set_etag(self._tag)
         return response.make_conditional(request)  # type: ignore[return-value]

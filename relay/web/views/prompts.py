@@ -163,5 +163,5 @@ def _text(call: Call, route: str, *, event_source: bool, aware: bool = False) ->
 
 
 def _no_folder(error: OSError) -> errors.RelayError:
-    log.logger.error("request %s: no client can report in: %s", answers.request_id(), error)
+    log.logger.error("request %s: no client can report in: %s", answers.request_id(request.environ), error)
     return errors.RelayError("the relay has no place to note reports in; its log says why under this request id")
