@@ -23,7 +23,7 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 from relay.gate.keys import short_keys  # noqa: E402
-from relay.service import cpus, open_streams  # noqa: E402
+from relay.service import cpus, load, open_streams  # noqa: E402
 from relay.settings import (  # noqa: E402
     Settings,
     SettingsError,
@@ -162,6 +162,7 @@ def _memory_folder() -> str | None:
 
 def _start(server: Any) -> None:
     _raise_file_limit()
+    load.share(server.cfg.workers)
     _tell_what_is_counted_apart(server)
     if seen := environment.open_to_others(_as_given["values"]):
         server.log.warning(seen)
@@ -227,6 +228,7 @@ def _tell_what_is_counted_apart(server: Any) -> None:
 
 def _worker_ended(_server: object, worker: Any) -> None:
     open_streams.forget(worker.pid)
+    load.forget(worker.age)
     # A worker that was killed cannot take back its open streams. Its counters stay: they must never go down.
     try:
         from prometheus_client.multiprocess import mark_process_dead

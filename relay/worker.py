@@ -21,12 +21,12 @@ import gevent.socket
 from gunicorn.http import errors as http_errors
 from gunicorn.http import message as http_message
 from gunicorn.http.body import ChunkedReader, LengthReader
-from gunicorn.workers.ggevent import GeventWorker
+from gunicorn.workers import ggevent
 
 from relay import errors
 from relay.observe import log
 from relay.observe.metrics import metrics
-from relay.service import open_streams
+from relay.service import load, open_streams
 from relay.stream.drain import drain
 from relay.stream.waiting.client_socket import break_off, gone
 
@@ -82,13 +82,14 @@ _NETWORK = frozenset(
 http_message.RFC9112_TARGET_INVALID = re.compile(r"[^\x21-\x7e\x80-\xff]")
 
 
-class Worker(GeventWorker):  # type: ignore[misc]
+class Worker(ggevent.GeventWorker):  # type: ignore[misc]
     """A gevent worker that ends its streams with a word of explanation before gunicorn ends them without."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._clients: set[Any] = set()  # their connections
         self._idle: dict[Any, float] = {}  # those without a request, and since when (monotonic)
+        self._load = load.Load(self.age)
         self._loop_is_over = False
         logging.getLogger("gunicorn.error").addFilter(_not_the_network)
 
@@ -108,12 +109,15 @@ class Worker(GeventWorker):  # type: ignore[misc]
         if type(client) is gevent.socket.socket:
             client.__class__ = _Client
         self._clients.add(client)
+        self._load.set(len(self._clients))
         self._idle[client] = time.monotonic()
         _heads[client] = _Head()
         try:
             super().handle(listener, client, addr)
         finally:
             self._clients.discard(client)
+            if not drain.draining:
+                self._load.set(len(self._clients))
             self._idle.pop(client, None)
             _held.pop(client, None)
             _heads.pop(client, None)
@@ -146,6 +150,8 @@ class Worker(GeventWorker):  # type: ignore[misc]
     # Stopping.
 
     def run(self) -> None:
+        load.Server.load = self._load
+        ggevent.StreamServer = load.Server  # gunicorn has no setting for it
         gevent.spawn(self._drain_when_stopped)
         if self.cfg.reload:
             self.cfg.set("worker_int", self._drain_before(self.cfg.worker_int))
@@ -204,6 +210,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
     def _drain(self) -> None:
         """Let streams go on until the drain's end, then end them; meanwhile close what is idle."""
         drain.begin(drain.at)
+        load.forget(self.age)
         while True:
             now = time.monotonic()
             for client, since in list(self._idle.items()):

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +84,38 @@ def test_all_workers_streams_are_listed_by_whichever_is_asked(relay: Gunicorn, u
         connection.close()
     for ex in exchanges:
         ex.wait_gone()
+    eventually(lambda: listed(relay) == [], "no stream in the list")
+
+
+def test_workers_have_equally_many_streams(relay: Gunicorn, upstream: Upstream) -> None:
+    """Clients that come one after the other: without an agreement one worker is woken first for nearly all of them."""
+    path = upstream.by_hand("/chat/completions")
+    connections = []
+    for n in range(30 * WORKERS):
+        connections.append(begin(relay, "/v1" + path, f"even-{n}", b"{}"))
+        upstream.next(path)  # the stream has begun
+    shares = Counter(entry["worker"] for entry in listed(relay))
+    assert len(shares) == WORKERS
+    assert max(shares.values()) <= 1.15 * 30, shares
+    for connection in connections:
+        connection.close()
+    eventually(lambda: listed(relay) == [], "no stream in the list")
+
+
+def test_a_worker_that_stands_still_takes_no_connection_from_the_others(relay: Gunicorn, upstream: Upstream) -> None:
+    """It has the fewest, and takes none."""
+    path = upstream.by_hand("/chat/completions")
+    stuck, *_ = relay.workers()
+    os.kill(stuck, signal.SIGSTOP)
+    try:
+        connections = []
+        for n in range(40):
+            connections.append(begin(relay, "/v1" + path, f"on-{n}", b"{}"))
+            upstream.next(path)
+        for connection in connections:
+            connection.close()
+    finally:
+        os.kill(stuck, signal.SIGCONT)
     eventually(lambda: listed(relay) == [], "no stream in the list")
 
 
