@@ -1,8 +1,8 @@
 """gunicorn's configuration for the relay: `gunicorn -c python:relay.gunicorn_conf` from any folder.
 
 Importing it patches the process for gevent and reads the environment, so nothing but gunicorn (and gunicorn.conf.py
-beside a checkout) should. With a faulty setting it says which and ends with status 78 (EX_CONFIG), no traceback. On
-SIGHUP a faulty `.env` is reported and the service goes on with what it had; `python:` does not read the file again.
+beside a checkout) should. With a faulty setting it says which and ends with status 78 (EX_CONFIG), no traceback. What
+a SIGHUP can change is looked at before it touches anything (`_reload`).
 """
 
 # First, before anything can import urllib3: a TLS class picked up before gevent has patched it ends in a
@@ -19,6 +19,8 @@ import resource  # noqa: E402
 import shutil  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -30,6 +32,7 @@ from relay.settings import (  # noqa: E402
     environment,
 )
 from relay.shared import reports  # noqa: E402
+from relay.version import __version__, on_disk  # noqa: E402
 
 #: Streams a worker takes when RELAY_MAX_STREAMS is not set.
 _STREAMS = 900
@@ -38,25 +41,23 @@ _STREAMS = 900
 _FILES = 65_536
 
 _running: dict[str, Any] = {}
+#: What a reload would begin to use, as it was when it was last used.
+_used: dict[str, object] = {}
 _folders: list[str] = []  # that go when the service ends
 _LOCK = "alive"  # the file in each that is locked until then
-#: The environment and its settings as they last were without a fault, and whether a reload has found one since.
+#: The environment and its settings as they are used.
 _as_given: dict[str, Any] = {}
 
 
 def configure() -> dict[str, Any]:
     """Every gunicorn setting that the relay chooses, by name. In brackets: the default that each replaces."""
     try:
-        values = environment.read()
-        settings = Settings.from_mapping(values, service=True)
-        workers = _workers(values)
+        values, settings, workers = _read()
     except SettingsError as fault:
-        if not _running:
-            print(fault, file=sys.stderr, flush=True)  # noqa: T201 - no log exists yet
-            sys.exit(os.EX_CONFIG)
-        _as_given["faulty"] = True
-        print(f"Not reloaded, running on as before:\n{fault}", file=sys.stderr, flush=True)  # noqa: T201
-        return _running
+        if _running:
+            return _running  # it has become faulty since the reload looked at it
+        print(fault, file=sys.stderr, flush=True)  # noqa: T201 - no log exists yet
+        sys.exit(os.EX_CONFIG)
     _hold(values, settings)
     streams = settings.max_streams or _STREAMS
 
@@ -120,7 +121,6 @@ def configure() -> dict[str, Any]:
             # Shown by ps and top, if setproctitle is installed. [gunicorn]
             "proc_name": "relay",
             "on_starting": _start,
-            "on_reload": _reload,
             "child_exit": _worker_ended,
             "on_exit": _end,
         }
@@ -128,22 +128,64 @@ def configure() -> dict[str, Any]:
     return _running
 
 
+def _read() -> tuple[dict[str, str], Settings, int]:
+    """The environment, its settings and the number of workers, as they are now. Raises SettingsError."""
+    values = environment.read()
+    return values, Settings.from_mapping(values, service=True), _workers(values)
+
+
 def _hold(values: dict[str, str], settings: Settings) -> None:
     # Client keys out of a file as they are now: a file that is faulty when a worker is replaced must not keep it from
     # starting. What is held has the keys in its place.
-    _as_given.update(values=values, settings=settings, faulty=False)
+    _as_given.update(values=values, settings=settings)
     environment.hold({**values, "RELAY_CLIENT_KEYS": settings.client_keys} if settings.client_keys else values)
 
 
-def _reload(_server: object) -> None:
-    # With `python:` the configuration is not run again, but a file of client keys is read again.
-    if _as_given["faulty"]:
-        return  # that it cannot be has just been said
-    values = _as_given["values"]
+def _reload(server: Any, reload: Callable[[], None]) -> None:
+    """On SIGHUP: have gunicorn `reload`, which drains all workers, if something has changed and can change so.
+
+    gunicorn asks nobody before it does: a reload that changes nothing would end all streams at RELAY_DRAIN, and one
+    that changes an address would close the listeners.
+    """
     try:
-        _hold(values, Settings.from_mapping(values, service=True))
+        _, settings, workers = _read()
     except SettingsError as fault:
-        print(f"Client keys not read again, running on as before:\n{fault}", file=sys.stderr, flush=True)  # noqa: T201
+        server.log.error("Not reloaded, running on as before:\n%s", fault)  # noqa: TRY400 - it says all
+        return
+    moved = [
+        f"{name} is {now}, and the service listens on {before}"
+        for name, now, before in (
+            ("RELAY_BIND", settings.bind, _as_given["settings"].bind),
+            ("RELAY_ADMIN_BIND", settings.admin_bind, _as_given["settings"].admin_bind),
+        )
+        if now != before
+    ]
+    installed = on_disk()
+    if moved:
+        server.log.error("Not reloaded: %s. An address can only change in a restart.", "; ".join(moved))
+    elif installed != __version__:
+        server.log.error(
+            "Not reloaded: relay %s is installed and %s runs, which a reload would mix. Restart, or send SIGUSR2.",
+            installed,
+            __version__,
+        )
+    elif _in_use(server, settings, workers) == _used:
+        server.log.info("Not reloaded: nothing has changed")
+    else:
+        globals().update(configure())  # `-c python:relay.gunicorn_conf` does not run this file again
+        _used.clear()
+        _used.update(_in_use(server, settings, workers))
+        reload()
+
+
+def _in_use(server: Any, settings: Settings, workers: int) -> dict[str, object]:
+    """What a reload would begin to use: the settings, and what stands in the files that they and gunicorn name."""
+    files = [settings.upstream_ca, settings.upstream_cert, server.cfg.config]
+    found: dict[str, object] = {"settings": settings, "workers": workers}
+    for file in filter(None, files):
+        with contextlib.suppress(OSError):
+            found[str(file)] = Path(str(file)).read_bytes()
+    return found
 
 
 def _workers(values: dict[str, str]) -> int:
@@ -161,6 +203,8 @@ def _memory_folder() -> str | None:
 
 
 def _start(server: Any) -> None:
+    _used.update(_in_use(server, _as_given["settings"], _workers(_as_given["values"])))
+    server.reload = partial(_reload, server, server.reload)  # gunicorn has no hook that can say no
     _raise_file_limit()
     load.share(server.cfg.workers)
     _tell_what_is_counted_apart(server)

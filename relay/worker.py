@@ -29,6 +29,7 @@ from relay.observe.metrics import metrics
 from relay.service import load, open_streams
 from relay.stream.drain import drain
 from relay.stream.waiting.client_socket import break_off, gone
+from relay.version import __version__, on_disk
 
 #: Seconds between two looks at idle connections while the worker drains.
 _LOOK = 0.1
@@ -95,6 +96,12 @@ class Worker(ggevent.GeventWorker):  # type: ignore[misc]
 
     def load_wsgi(self) -> None:
         _count_as(os.getpid())
+        if (installed := on_disk()) != __version__:
+            self.log.warning(
+                "relay %s is installed and this worker runs %s, perhaps with parts of the other; restart the service",
+                installed,
+                __version__,
+            )
         super().load_wsgi()
         open_streams.serve()
         # With thousands of streams open, a full collection stops them all for 100 ms and more. What is there now stays

@@ -273,6 +273,7 @@ def _play(rig: Rig, hop: str, stopped: str, stack: contextlib.ExitStack) -> Scen
 
     turn(worker)
     signalled = time.monotonic()
+    rig.relay.change()
     rig.relay.send_signal(signal.Signals[stopped])
 
     if not _could_look(probes, signalled):

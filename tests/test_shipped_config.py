@@ -8,18 +8,23 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import certifi
 import pytest
 from harness import REPO, eventually, servers
+from harness.upstream import Upstream
 
 from relay.service import cpus
 from relay.settings import Settings, environment
+from relay.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -207,34 +212,121 @@ def told(port: int, target: str = "/", headers: dict[str, str] | None = None) ->
     return answer
 
 
-def test_a_reload_reads_dotenv_again_and_refuses_a_faulty_one(echo_app: Path):
+def test_a_reload_begins_with_what_has_changed(echo_app: Path):
     dotenv = echo_app / ".env"
     dotenv.write_text("RELAY_DRAIN=1\n")
     env = {"PYTHONPATH": str(echo_app)}
     with servers.gunicorn(env, "echo_app:app", cwd=echo_app, ready="/") as relay:
         assert told(relay.port)["drain"] == "1"
-
         dotenv.write_text("RELAY_DRAIN=2\n")
-        relay.reload()
-        worker: dict[str, Any] = {}
+        relay.reload(changed=False)
 
-        def reloaded(value: str) -> bool:
+        def drain() -> str | None:
             with contextlib.suppress(OSError, http.client.HTTPException):  # too slow for the old worker's last second
-                worker.update(told(relay.port))
-            return worker.get("drain") == value
+                return told(relay.port)["drain"]
+            return None
 
-        eventually(lambda: reloaded("2"), "the new value", 20)
-
-        before = worker["pid"]
-        dotenv.write_text("RELAY_DRAIN=2\nRELAY_HARTBEAT=3\n")
-        relay.reload()
-        relay.wait_log("RELAY_HARTBEAT", 20)
-        eventually(lambda: reloaded("2") and worker["pid"] != before, "new workers, with the values as before", 20)
-        eventually(lambda: before not in relay.workers(), "the old worker's end", 20)
-        assert told(relay.port)["drain"] == "2"
-        assert relay.running()
-        assert "Traceback" not in relay.log()
+        eventually(lambda: drain() == "2", "the new value", 20)
+        assert "Not reloaded" not in relay.log()
         assert relay.stop(signal.SIGTERM) == 0
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Iterator[tuple[Gunicorn, Path]]:
+    """The service with a worker and a file of keys, a certificate authority and a `.env` that say something."""
+    with Upstream(lambda ex: ex.reply(b"ok")) as upstream, tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        place.joinpath("keys").write_text("a-client-key-of-20-c\n")
+        place.joinpath("ca.pem").write_text(Path(certifi.where()).read_text())
+        env = {
+            "RELAY_UPSTREAM_URL": upstream.base_url,
+            "RELAY_CLIENT_KEYS": f"@{place / 'keys'}",
+            "RELAY_UPSTREAM_CA": str(place / "ca.pem"),
+            "RELAY_DRAIN": "1",
+        }
+        with servers.gunicorn(env) as relay:
+            yield relay, place
+
+
+@pytest.mark.parametrize(
+    ("dotenv", "words"),
+    [
+        pytest.param(None, "nothing has changed", id="nothing"),
+        pytest.param("RELAY_HARTBEAT=3\n", "RELAY_HARTBEAT", id="a faulty name"),
+        pytest.param("RELAY_IDLE_TIMEOUT=soon\n", "RELAY_IDLE_TIMEOUT", id="a faulty value"),
+        pytest.param("WEB_CONCURRENCY=many\n", "nothing has changed", id="what the environment says differently"),
+        pytest.param(b"\xff\xfe\x00", ".env cannot be read", id="no text"),
+    ],
+)
+def test_a_reload_that_begins_nothing_touches_nothing(
+    shipped: tuple[Gunicorn, Path], dotenv: str | bytes | None, words: str
+) -> None:
+    """gunicorn would drain all workers, and with them all streams."""
+    relay, _ = shipped
+    file = relay.folder / "cwd" / ".env"
+    if dotenv is not None:
+        file.write_bytes(dotenv if isinstance(dotenv, bytes) else dotenv.encode())
+    workers, said = relay.workers(), relay.log().count("Not reloaded")
+    for times in (1, 2):  # the second is seen once the first is done with
+        relay.reload(changed=False)
+        eventually(lambda times=times: relay.log().count("Not reloaded") == said + times, "a word", 20)
+    assert words in relay.log()
+    assert relay.workers() == workers
+    file.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("name", ["RELAY_BIND", "RELAY_ADMIN_BIND"])
+def test_an_address_cannot_change_in_a_reload(name: str) -> None:
+    """Its listeners would close under the streams. A `.env` that is gone changes addresses, too."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"RELAY_BIND": f"127.0.0.1:{servers.free_port()}"}
+        settings["RELAY_ADMIN_BIND"] = f"127.0.0.1:{servers.free_port()}"
+        dotenv = Path(folder, ".env")
+        said = settings.pop(name)
+        dotenv.write_text(f"{name}={said}\n")
+        env = servers.environment(settings)
+        command = [sys.executable, "-m", "gunicorn", "-c", "python:relay.gunicorn_conf"]
+        log = Path(folder, "log")
+        with log.open("wb") as out:
+            master = subprocess.Popen(
+                command, cwd=folder, env=env | {"PYTHONPATH": str(REPO)}, stdout=out, stderr=subprocess.STDOUT
+            )
+        try:
+            eventually(lambda: b"Booting worker" in log.read_bytes(), "a worker", 20)
+            dotenv.unlink()
+            master.send_signal(signal.SIGHUP)
+            eventually(lambda: b"Not reloaded" in log.read_bytes(), "a word", 20)
+            assert f"the service listens on {said}" in log.read_text()
+            assert "can only change in a restart" in log.read_text()
+            assert get(int(said.rpartition(":")[2]), "/health/live")[0].status == 200
+        finally:
+            master.terminate()
+            master.wait(20)
+
+
+@pytest.mark.parametrize("what", ["keys", "ca.pem"])
+def test_a_reload_begins_with_the_files_that_settings_name(shipped: tuple[Gunicorn, Path], what: str) -> None:
+    relay, place = shipped
+    file = place / what
+    file.write_text(file.read_text() + ("another-key-of-20-ch\n" if what == "keys" else "\n"))
+    old = relay.workers()
+    relay.reload(changed=False)
+    eventually(lambda: len(relay.workers()) == 1 and relay.workers() != old, "another worker", 20)
+
+
+def test_another_version_is_not_mixed_with_the_one_that_runs(tmp_path: Path) -> None:
+    """Modules that a reload reads for the first time would be the new ones."""
+    shutil.copytree(REPO / "relay", tmp_path / "relay", ignore=shutil.ignore_patterns("__pycache__"))
+    version = tmp_path / "relay" / "version.py"
+    with servers.gunicorn({"PYTHONPATH": str(tmp_path)}, config="python:relay.gunicorn_conf", cwd=tmp_path) as relay:
+        version.write_text(version.read_text().replace(f'"{__version__}"', '"99.0"'))
+        workers = relay.workers()
+        relay.reload(changed=False)
+        relay.wait_log("relay 99.0 is installed", 20)
+        assert relay.workers() == workers
+        # A worker that is replaced for whatever reason says so.
+        relay.kill_worker()
+        relay.wait_log("this worker runs", 20)
 
 
 def test_the_workers_may_open_as_many_files_as_they_need(echo_app: Path):

@@ -180,6 +180,7 @@ class Gunicorn(Server):
     def __init__(self, port: int, admin_port: int, folder: Path) -> None:
         super().__init__(port, folder)
         self.admin_port = admin_port
+        self._changes = 0
 
     def workers(self) -> list[int]:
         """The process ids of the workers, oldest first."""
@@ -195,7 +196,15 @@ class Gunicorn(Server):
         os.kill(worker, number)
         return worker
 
-    def reload(self) -> None:
+    def change(self) -> None:
+        """Give its `.env` another value that nothing hangs on, or a reload would find nothing to do."""
+        self._changes += 1
+        (self.folder / "cwd" / ".env").write_text(f"RELAY_HEALTH_TTL={100 + self._changes}\n")
+
+    def reload(self, *, changed: bool = True) -> None:
+        """SIGHUP, after a change."""
+        if changed:
+            self.change()
         self.send_signal(signal.SIGHUP)
 
 
