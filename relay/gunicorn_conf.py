@@ -44,6 +44,8 @@ _running: dict[str, Any] = {}
 #: What a reload would begin to use, as it was when it was last used.
 _used: dict[str, object] = {}
 _folders: list[str] = []  # that go when the service ends
+#: Free bytes below which a folder in memory is passed over for one on the disk.
+_ROOM = 4 * 1024 * 1024
 _LOCK = "alive"  # the file in each that is locked until then
 #: The environment and its settings as they are used.
 _as_given: dict[str, Any] = {}
@@ -214,20 +216,30 @@ def _start(server: Any) -> None:
         server.log.warning(weak)
     # Workers count into files that whoever is asked for the metrics adds up. Each start begins with an empty folder:
     # files of an earlier one would be added too.
-    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = _own_folder("relay-metrics-")
+    _share(server, "PROMETHEUS_MULTIPROC_DIR", "relay-metrics-", "metrics are those of the worker that is asked")
     # Where workers leave word for each other: that a client has reported in, and what each has open.
-    if reports.FOLDER not in os.environ:
-        os.environ[reports.FOLDER] = _own_folder("relay-run-")
+    _share(server, reports.FOLDER, "relay-run-", "each worker knows of its own streams and tickets only")
 
 
-def _own_folder(prefix: str) -> str:
+def _share(server: Any, variable: str, prefix: str, without: str) -> None:
+    """Name a folder for all workers in this variable, unless the operator has. A full disk must not keep it from
+    serving."""
+    if variable in os.environ:
+        return
+    try:
+        memory = _memory_folder()
+        full = memory is None or shutil.disk_usage(memory).free < _ROOM
+        os.environ[variable] = _own_folder(Path(tempfile.gettempdir() if full or memory is None else memory), prefix)
+    except OSError as error:
+        server.log.error("No folder for what workers share can be made (%s): %s", error, without)  # noqa: TRY400
+
+
+def _own_folder(parent: Path, prefix: str) -> str:
     """A new folder for this user alone, which goes when the service ends; or, if it is killed, when one starts again.
 
     A lock tells the living from the dead, in other containers that share the memory too; the kernel gives it up with
-    the last process that has it.
+    the last process that has it. Raises OSError.
     """
-    parent = Path(_memory_folder() or tempfile.gettempdir())
     for left in parent.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):
             if left.lstat().st_uid == os.geteuid() and not _alive(left):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import socket
+import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import eventually, servers
+from harness import REPO, eventually, servers
 from harness.client import Connection, request
 from harness.upstream import Upstream
 
@@ -24,6 +29,68 @@ if TYPE_CHECKING:
     from harness.servers import Gunicorn
 
 EVENTS = [("Content-Type", "text/event-stream")]
+
+
+@contextlib.contextmanager
+def full_disk(folder: Path) -> Iterator[None]:
+    """A file system in this folder that has no byte left."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], check=True)
+    try:
+        with contextlib.suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+needs_mount = pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="needs root on Linux, to mount")
+
+
+@pytest.mark.parametrize("disk", [pytest.param("full", marks=needs_mount), "missing"])
+def test_metrics_cost_no_answer(disk: str, upstream: Upstream, tmp_path: Path) -> None:
+    """A process that writes to mapped memory for which the disk has no room is killed, and so is the next one."""
+    folder = tmp_path / "metrics"
+    path = upstream.serve(lambda ex: ex.reply(b"data: 1\n\n", headers=EVENTS))
+    env = {"RELAY_UPSTREAM_URL": upstream.base_url, "PROMETHEUS_MULTIPROC_DIR": str(folder)}
+    with full_disk(folder) if disk == "full" else contextlib.nullcontext(), servers.gunicorn(env) as relay:
+        workers = relay.workers()
+        for _ in range(3):
+            assert request(relay.port, "POST", "/v1" + path, body=b"{}").finish().data == b"data: 1\n\n"
+        assert request(relay.admin_port, "GET", "/metrics").status == 200
+        assert relay.workers() == workers
+        assert relay.log().count("has no metrics") == 1
+
+
+@needs_mount
+def test_a_full_shared_memory_does_not_keep_it_from_serving(tmp_path: Path) -> None:
+    """It would be where workers share what they know."""
+    port, admin = servers.free_port(), servers.free_port()
+    env = servers.environment({"RELAY_BIND": f"127.0.0.1:{port}", "RELAY_ADMIN_BIND": f"127.0.0.1:{admin}"})
+    fill = "mount -t tmpfs -o size=64k tmpfs /dev/shm && head -c 1M /dev/zero >/dev/shm/filler; exec "
+    serve = f"{sys.executable} -m gunicorn -c python:relay.gunicorn_conf"
+    log = tmp_path / "log"
+    with log.open("wb") as out:
+        master = subprocess.Popen(
+            ["unshare", "--mount", "sh", "-c", fill + serve],
+            cwd=tmp_path,
+            env=env | {"PYTHONPATH": str(REPO)},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+
+        def counted() -> bool:
+            with contextlib.suppress(OSError):
+                return b"relay_open_streams" in request(admin, "GET", "/metrics").finish().data
+            return False
+
+        eventually(counted, "metrics, from files on the disk", 20)
+        assert "exited" not in log.read_text()
+    finally:
+        master.terminate()
+        master.wait(20)
 
 
 @pytest.fixture(scope="module")

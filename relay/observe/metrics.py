@@ -41,6 +41,10 @@ NAMES = (
     "relay_limits_errors_total",
 )
 
+#: What prometheus_client names a process's files by, and their size when it makes them: ten times what a relay needs.
+_FILES = ("counter", "histogram", "gauge_livesum", "gauge_livemostrecent")
+_FILE_SIZE = 64 * 1024
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -54,7 +58,12 @@ class Metrics:
         except ModuleNotFoundError:
             return
         try:
+            _take_room(os.environ.get("PROMETHEUS_MULTIPROC_DIR"))
             self._make(prometheus)
+        except OSError as error:
+            logging.getLogger("relay").warning(
+                "this process has no metrics: PROMETHEUS_MULTIPROC_DIR has no room for their files (%s)", error
+            )
         except Exception as error:  # noqa: BLE001 - older than 0.18, or not itself: no reason to fail a request
             logging.getLogger("relay").warning(
                 "there are no metrics: prometheus_client cannot make them (%s); 0.18 can", error
@@ -173,6 +182,29 @@ class Metrics:
             registry = prometheus.CollectorRegistry()
             MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return prometheus.generate_latest(registry)
+
+
+def _take_room(folder: str | None) -> None:
+    """Have the disk hold this process's files of values before prometheus_client maps them into memory: a process that
+    writes where a full disk has no room for it is killed by SIGBUS. Raises OSError if it has none."""
+    if folder is None or not hasattr(os, "posix_fallocate"):
+        return
+    made = []
+    try:
+        for kind in _FILES:
+            path = os.path.join(folder, f"{kind}_{os.getpid()}.db")  # noqa: PTH118 - as prometheus_client names it
+            ours = not os.path.exists(path)  # noqa: PTH110 - an app may have metrics of its own in it
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            if ours:
+                made.append(path)
+            try:
+                os.posix_fallocate(descriptor, 0, _FILE_SIZE)
+            finally:
+                os.close(descriptor)
+    except OSError:
+        for path in made:
+            os.unlink(path)  # noqa: PTH108
+        raise
 
 
 _metrics: Metrics | None = None
