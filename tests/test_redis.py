@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
@@ -167,6 +168,51 @@ def test_addresses_of_one_ipv6_network_are_one_client(rated: tuple[Gunicorn, Gun
         assert get(rated[0], f"2001:db8:0:7:{number:x}::1").status == 200
     assert get(rated[1], "2001:db8:0:7:ffff::9").status == 429
     assert get(rated[1], "2001:db8:0:8::1").status == 200
+
+
+# --- A burst
+
+
+def test_a_burst_of_one_client_is_counted_whole(upstream: Upstream, redis: Redis) -> None:
+    """While Redis answers, nobody passes uncounted because others are being counted."""
+    client, other = address(), address()
+    env = settings(upstream, redis, rate_limit="10/minute")
+    # How long Redis takes for an answer is this machine's affair, and not what this is about.
+    env["RELAY_LIMITS_URL"] += "?socket_timeout=20&socket_connect_timeout=20"
+    with servers.gunicorn(env) as relay:
+        connections = [Connection(relay.port) for _ in range(600)]
+        for connection in connections:
+            connection.send("GET", "/v1/x", {"X-Forwarded-For": client})
+        statuses = Counter(connection.read_head().status for connection in connections)
+        assert statuses[200] == 10, statuses
+        assert set(statuses) <= {200, 429, 503}, statuses
+        assert [get(relay, other).status for _ in range(11)] == [200] * 10 + [429]
+        assert metric(relay, "relay_limits_errors_total") == 0
+        assert "limits_away" not in relay.log()
+        for connection in connections:
+            connection.close()
+
+
+def test_who_waits_too_long_for_a_turn_is_refused_and_not_let_through(upstream: Upstream, tmp_path: Path) -> None:
+    (tmp_path / "busy.py").write_text(
+        "import relay.shared.redis\n"
+        "relay.shared.redis._AT_ONCE, relay.shared.redis._TURN, relay.shared.redis._WAIT = 1, 1.0, 30.0\n"
+        "from wsgi import app\n"
+    )
+    with redis_server() as redis:
+        env = settings(upstream, redis, rate_limit="9/hour") | {"PYTHONPATH": str(tmp_path)}
+        with servers.gunicorn(env, "busy:app") as relay, Connection(relay.port) as one, Connection(relay.port) as other:
+            assert get(relay, address()).status == 200
+            redis.hang()
+            for connection in (one, other):
+                connection.send("GET", "/v1/x", {"X-Forwarded-For": address()})
+            eventually(lambda: metric(relay, 'relay_refused_total{reason="full"}') == 1, "one of them is refused")
+            redis.go_on()
+            served, refused = sorted((one.read_head(), other.read_head()), key=lambda response: response.status)
+            assert (served.status, refused.status) == (200, 503)
+            assert json.loads(refused.finish().data)["error"]["code"] == "full"
+            assert refused.header("Retry-After") == b"1"
+            assert metric(relay, "relay_limits_errors_total") == 0
 
 
 # --- A death

@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from relay import errors
-from relay.observe.metrics import metrics
 
 if TYPE_CHECKING:
     from limits import RateLimitItem, WindowStats
@@ -48,14 +47,14 @@ class Rates:
     def take(self, client: str) -> list[tuple[str, str]]:
         """Count a request of `client`; what is left of its budget, as response headers.
 
-        Raises TooMany. Without an answer from Redis it counts nothing, and gives no headers.
+        Raises TooMany, and Full if too many others are waiting to be counted. Without an answer from Redis it counts
+        nothing, and gives no headers.
         """
         if self._store is None:
             counted: tuple[RateLimitItem, WindowStats, bool] | None = self._count(client)
         else:
             counted = self._store.ask(lambda: self._count(client))
         if counted is None:
-            metrics().limits_failed()
             return []
         rate, budget, granted = counted
         seconds = math.ceil(budget.reset_time - time.time())

@@ -95,7 +95,7 @@ class Metrics:
             "relay_upstream_key_accepted", "1: it took the key lately.", mount, multiprocess_mode="livemostrecent"
         )
         self._limits_errors = counter(
-            "relay_limits_errors", "Requests and streams that passed uncounted: RELAY_LIMITS_URL did not answer."
+            "relay_limits_errors", "Questions to RELAY_LIMITS_URL without an answer: requests, streams, renewals."
         )
         self._labelled: dict[tuple[Any, ...], Any] = {}
 

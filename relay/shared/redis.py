@@ -13,17 +13,18 @@ from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
+from relay import errors
 from relay.observe import log
 from relay.observe.metrics import metrics
 
-#: Seconds for a connection, for an answer, and for a free connection. A Redis nearby answers within a millisecond.
+#: Seconds for a connection and for an answer. A Redis nearby answers within a millisecond.
 _WAIT = 0.25
-#: Connections to Redis of one worker; each is busy for one round trip at a time.
-_CONNECTIONS = 20
+#: Requests of one worker that ask Redis at the same time, each on its own connection.
+_AT_ONCE = 20
+#: Seconds for which a request waits until it may ask: thousands of questions to a Redis that answers.
+_TURN = 5.0
 #: Seconds for which nobody asks again after a failure: a Redis that hangs holds one request in so many seconds.
 _PAUSE = 2.0
-#: Seconds between two log lines about it, however often it comes and goes.
-_SAY_AGAIN = 10.0
 
 #: Milliseconds that a lease lasts unless its worker renews it: how long a worker's death keeps its clients' budgets.
 _LEASE_MS = 10_000
@@ -69,10 +70,8 @@ class Store:
         from redis.backoff import NoBackoff
         from redis.retry import Retry
 
-        self.pool = redis.BlockingConnectionPool.from_url(
+        self.pool = redis.ConnectionPool.from_url(
             url.replace("redis+unix://", "unix://"),
-            max_connections=_CONNECTIONS,
-            timeout=_WAIT,
             socket_timeout=_WAIT,
             socket_connect_timeout=_WAIT,
             retry=Retry(NoBackoff(), 0),  # its default tries for seconds
@@ -80,44 +79,57 @@ class Store:
         self.pool.connection_class(**self.pool.connection_kwargs)  # not connected; refuses options that it has not
         self.client = redis.Redis(connection_pool=self.pool)
         self._failures = (redis.RedisError, OSError)
+        # Not the pool bounds the connections: its error for "all are busy" is the one for "there is no Redis".
+        self._turns = threading.BoundedSemaphore(_AT_ONCE)
         self._away = False
         self._ask_at = 0.0  # while it is away: when somebody tries again, monotonic seconds
-        self._say_at = 0.0
-        self._said_away = False
 
     def ask(self, question: Callable[[], _Answer]) -> _Answer | None:
-        """What `question`, which uses the client, returns. None: no answer came, or none was waited for."""
+        """What `question`, which uses the client, returns. None: no answer came, or none was waited for.
+
+        Raises Full if too many others are asking.
+        """
+        if self._away and time.monotonic() < self._ask_at:
+            metrics().limits_failed()
+            return None
+        if not self._turns.acquire(timeout=_TURN):
+            raise errors.Full(
+                f"{_AT_ONCE} requests at a time ask RELAY_LIMITS_URL in each worker, and too many others wait for it",
+                retry_after=1,
+            )
+        try:
+            return self.ask_now(question)
+        finally:
+            self._turns.release()
+
+    def ask_now(self, question: Callable[[], _Answer]) -> _Answer | None:
+        """The same, however many others are asking."""
         if self._away:
             now = time.monotonic()
             if now < self._ask_at:
+                metrics().limits_failed()
                 return None
             self._ask_at = now + _PAUSE  # one tries; those who come meanwhile do not wait
         try:
             answer = question()
         except self._failures as error:
+            metrics().limits_failed()
             self._failed(error)
             return None
         if self._away:
             self._away = False
-            self._came_back()
+            log.event("limits_back", message="RELAY_LIMITS_URL answers again: requests are counted")
         return answer
 
     def _failed(self, error: Exception) -> None:
-        now = time.monotonic()
-        self._away, self._ask_at = True, now + _PAUSE
-        if now >= self._say_at:
-            self._say_at = now + _SAY_AGAIN
-            self._said_away = True
+        self._ask_at = time.monotonic() + _PAUSE
+        if not self._away:
+            self._away = True
             log.event(
                 "limits_away",
                 message="RELAY_LIMITS_URL does not answer: requests pass uncounted",
                 error=f"{type(error).__name__}: {error}"[:200],
             )
-
-    def _came_back(self) -> None:
-        if self._said_away:
-            self._said_away = False
-            log.event("limits_back", message="RELAY_LIMITS_URL answers again: requests are counted")
 
 
 class Leases:
@@ -155,8 +167,6 @@ class Leases:
             answer = self._store.ask(taken)
             if answer == 0:
                 return ""
-        if answer is None:
-            metrics().limits_failed()
         self._held[lease] = key  # one that was not counted now will be when it is renewed
         if self._thread is None:
             self._start()
@@ -195,13 +205,13 @@ class Leases:
             pairs = [self._over.popleft() for _ in range(min(len(self._over), _AT_A_TIME))]
             keys, leases = [key for key, _ in pairs], [lease for _, lease in pairs]
             # What does not arrive runs out by itself.
-            self._store.ask(lambda keys=keys, leases=leases: self._give_back(keys, leases))  # type: ignore[misc]
+            self._store.ask_now(lambda keys=keys, leases=leases: self._give_back(keys, leases))  # type: ignore[misc]
 
     def _renew(self) -> None:
         held = list(self._held.items())
         for start in range(0, len(held), _AT_A_TIME):
             part = held[start : start + _AT_A_TIME]
             keys, leases = [key for _, key in part], [lease for lease, _ in part]
-            self._store.ask(
+            self._store.ask_now(
                 lambda keys=keys, leases=leases: self._renew_all(keys, [_LEASE_MS, *leases])  # type: ignore[misc]
             )
