@@ -42,7 +42,7 @@ SIDE_BY_SIDE := -n auto --dist loadfile --no-loadscope-reorder --max-worker-rest
 
 .PHONY: test
 test: $(DEV) $(JS) ## Run every test, with real gunicorn, nginx, Redis and Chromium (ARGS="-k name" for some)
-	@tools/system-packages nginx redis-server openssl curl chromium
+	@tools/system-packages nginx haproxy redis-server openssl curl chromium
 	@tools/system-packages slowhttptest || echo "Without it its tests are skipped."
 	$(IN_VENV) -m pytest $(SIDE_BY_SIDE) $(ARGS)
 

@@ -393,6 +393,37 @@ def nginx(
         yield server
 
 
+class HAProxy(Server):
+    """A HAProxy in the foreground."""
+
+    name = "haproxy"
+
+
+@contextlib.contextmanager
+def haproxy(relays: Sequence[tuple[int, int]]) -> Iterator[HAProxy]:
+    """A real HAProxy with the shipped configuration in front of two relays, by service and admin ports."""
+    program = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin:/usr/local/sbin")
+    if program is None:
+        raise AssertionError("these tests need HAProxy (apt-get install haproxy): it is not installed")
+
+    def launch(folder: Path) -> HAProxy:
+        server = HAProxy(free_port(), folder)
+        text = (REPO / "deploy" / "haproxy.cfg").read_text()
+        replaced = {"bind 127.0.0.1:8080": f"bind 127.0.0.1:{server.port}"}
+        for (port, admin), shipped in zip(relays, (("8000", "8001"), ("8010", "8011")), strict=True):
+            replaced[f"127.0.0.1:{shipped[0]} check port {shipped[1]}"] = f"127.0.0.1:{port} check port {admin}"
+        for old, new in replaced.items():
+            assert text.count(old) >= 1, old
+            text = text.replace(old, new)
+        config = folder / "haproxy.cfg"
+        config.write_text(text)
+        server.launch([program, "-f", str(config)], os.environ, folder)
+        return server
+
+    with _up(launch, lambda port: _answers(port, None), _START) as server:
+        yield server
+
+
 def _block(text: str) -> str:
     return _literal(f"\n{text}\n") if text else ""
 
