@@ -438,3 +438,19 @@ def test_what_security_md_names_is_there() -> None:
     assert [name for name in named if not (REPO / "tests" / name).exists()] == []
     settings = set(re.findall(r"\bRELAY_[A-Z_]*[A-Z]\b", text))
     assert settings <= {setting.name for setting in SETTINGS}
+
+
+def test_pods_are_scaled_on_a_metric_that_there_is_and_below_what_they_hold() -> None:
+    found = kubernetes()
+    (metric,) = found["HorizontalPodAutoscaler"]["spec"]["metrics"]
+    assert metric["pods"]["metric"]["name"] in metrics.NAMES
+    held = 900 * int(found["ConfigMap"]["data"]["WEB_CONCURRENCY"])
+    assert held / 2 < int(metric["pods"]["target"]["averageValue"]) < held
+    assert found["HorizontalPodAutoscaler"]["spec"]["minReplicas"] == found["Deployment"]["spec"]["replicas"]
+
+
+def test_the_network_policy_lets_in_to_ports_that_there_are() -> None:
+    found = kubernetes()
+    (container,) = found["Deployment"]["spec"]["template"]["spec"]["containers"]
+    names = [port["name"] for port in container["ports"]]
+    assert [rule["ports"][0]["port"] for rule in found["NetworkPolicy"]["spec"]["ingress"]] == names
