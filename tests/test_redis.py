@@ -303,6 +303,86 @@ def test_redis_need_not_be_there_when_the_relay_starts(upstream: Upstream) -> No
         assert "the-password" not in relay.log()
 
 
+# --- Another server
+
+
+#: The service in a world where the name redis.test is the address that stands in a file.
+MOVING = """
+import socket
+from pathlib import Path
+look_up = socket.getaddrinfo
+def getaddrinfo(host, *args, **kwargs):
+    return look_up(Path({file!r}).read_text() if host == "redis.test" else host, *args, **kwargs)
+socket.getaddrinfo = getaddrinfo
+from wsgi import app
+"""
+
+
+def test_a_planned_switch_to_a_replica_is_followed_within_seconds(upstream: Upstream, tmp_path: Path) -> None:
+    """The old master lives on, with all its connections, and answers READONLY."""
+    import redis as library
+
+    (tmp_path / "address").write_text("127.0.0.1")
+    (tmp_path / "moving.py").write_text(MOVING.format(file=str(tmp_path / "address")))
+    spent, held, fresh = address(), address(), address()
+    with redis_server() as old, redis_server("127.0.0.2", old.port) as new:
+        env = settings(upstream, old, rate_limit="3/hour", max_streams_per_client="1") | {"PYTHONPATH": str(tmp_path)}
+        env["RELAY_LIMITS_URL"] = f"redis://redis.test:{old.port}/0"
+        with (
+            servers.gunicorn(env, "moving:app") as relay,
+            library.Redis(old.host, old.port) as master,
+            library.Redis(new.host, new.port) as replica,
+        ):
+            assert [get(relay, spent).status for _ in range(4)] == [200] * 3 + [429]
+            stream = open_stream(relay, held)
+            replica.config_set("replica-announce-ip", new.host)
+            replica.replicaof(old.host, old.port)
+            eventually(lambda: replica.info("replication")["master_link_status"] == "up", "they are in step")
+            master.execute_command("FAILOVER", "TO", new.host, new.port)
+            eventually(lambda: replica.info("replication")["role"] == "master", "the roles are changed")
+            get(relay, fresh)
+            relay.wait_log('"limits_away"')
+            assert "ReadOnlyError" in relay.log()
+            (tmp_path / "address").write_text("127.0.0.2")
+            began = time.monotonic()
+            eventually(lambda: get(relay, fresh).header("RateLimit-Limit") == b"3", "counted again", every=0.2)
+            eventually(lambda: '"limits_back"' in relay.log(), "and the log says so")
+            assert time.monotonic() - began < 5
+            assert get(relay, spent).status == 429, "what was counted before the switch has come along"
+            eventually(lambda: status_of_a_stream(relay, held) == 429, "and so has a stream", every=0.2)
+            stream.close()
+
+
+def test_a_redis_that_is_loading_is_asked_again(upstream: Upstream) -> None:
+    import redis as library
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    def is_loading(data: library.Redis) -> bool:
+        try:
+            data.ping()
+        except library.exceptions.BusyLoadingError:
+            return True
+        except library.ConnectionError:
+            pass  # it does not listen yet
+        return False
+
+    with redis_server() as redis, servers.gunicorn(settings(upstream, redis, rate_limit="2/hour"), PATIENT) as relay:
+        client = address()
+        assert [get(relay, client).status for _ in range(3)] == [200, 200, 429]
+        with library.Redis(port=redis.port) as data:
+            data.mset({f"other:{number}": number for number in range(2000)})
+            data.save()
+        redis.stop(signal.SIGKILL)
+        redis.begin("--key-load-delay", "2000", "--loading-process-events-interval-bytes", "1024")  # 4 s
+        with library.Redis(port=redis.port, retry=Retry(NoBackoff(), 0)) as data:
+            eventually(lambda: is_loading(data), "it is loading", every=0.05)
+            assert get(relay, client).status == 200
+            assert "BusyLoadingError" in relay.log()
+            assert is_loading(data)
+        eventually(lambda: get(relay, client).status == 429, "counted again, with what had been saved", every=0.2)
+
+
 # --- What stands in Redis
 
 

@@ -122,6 +122,9 @@ class Store:
         return answer
 
     def _failed(self, error: Exception) -> None:
+        # A master that has become a replica, or is loading, keeps its connections and refuses every question. New ones
+        # look the name up anew.
+        self.pool.disconnect(inuse_connections=False)
         self._ask_at = time.monotonic() + _PAUSE
         if not self._away:
             self._away = True

@@ -21,18 +21,23 @@ class Redis(Server):
 
     name = "redis"
 
+    def __init__(self, port: int, folder: Path, host: str = "127.0.0.1") -> None:
+        super().__init__(port, folder)
+        self.host = host
+
     @property
     def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}/0"
+        return f"redis://{self.host}:{self.port}/0"
 
-    def begin(self) -> None:
-        options = {"port": self.port, "bind": "127.0.0.1", "save": "", "appendonly": "no", "dir": self.folder}
-        command = [_program(), *(text for name, value in options.items() for text in (f"--{name}", str(value)))]
+    def begin(self, *more: str) -> None:
+        """`more`: options of its own."""
+        options = {"port": self.port, "bind": self.host, "save": "", "appendonly": "no", "dir": self.folder}
+        command = [_program(), *(text for name, value in options.items() for text in (f"--{name}", str(value))), *more]
         self.launch(command, environment({}), self.folder)
 
     def start_again(self) -> None:
         self.begin()
-        eventually(lambda: _answers(self.port), "redis answers again")
+        eventually(lambda: _answers(self.port, self.host), "redis answers again")
 
     def hang(self) -> None:
         """From now on it takes connections and answers nothing."""
@@ -55,21 +60,21 @@ def _program() -> str:
 
 
 @contextlib.contextmanager
-def redis_server() -> Iterator[Redis]:
-    """An empty Redis, up and answering."""
+def redis_server(host: str = "127.0.0.1", port: int | None = None) -> Iterator[Redis]:
+    """An empty Redis, up and answering. `host`: its loopback address."""
 
     def launch(folder: Path) -> Redis:
-        server = Redis(free_port(), folder)
+        server = Redis(port or free_port(), folder, host)
         server.begin()
         return server
 
-    with _up(launch, _answers, _START) as server:
+    with _up(launch, lambda port: _answers(port, host), _START) as server:
         yield server
 
 
-def _answers(port: int) -> bool:
+def _answers(port: int, host: str) -> bool:
     try:
-        with socket.create_connection(("127.0.0.1", port), timeout=2) as sock:
+        with socket.create_connection((host, port), timeout=2) as sock:
             sock.sendall(b"PING\r\n")
             return sock.recv(7) == b"+PONG\r\n"
     except OSError:
