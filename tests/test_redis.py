@@ -116,6 +116,14 @@ def metric(relay: Gunicorn, name: str) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name))
 
 
+def streams_in(redis: Redis, client: str) -> int:
+    """How many streams of a client stand in this Redis."""
+    import redis as library
+
+    with library.Redis(redis.host, redis.port) as look:
+        return int(look.zcard(f"relay:streams:relay:{client}"))
+
+
 # --- One budget
 
 
@@ -239,38 +247,87 @@ def test_a_host_that_was_killed_gives_its_streams_back(
 # --- Without Redis
 
 
-def test_without_redis_requests_pass_and_metric_and_log_say_so(upstream: Upstream) -> None:
-    client = address()
+def test_without_redis_each_worker_counts_by_itself_and_metric_and_log_say_so(upstream: Upstream) -> None:
+    client, other, third = address(), address(), address()
     with redis_server() as redis:
-        env = settings(upstream, redis, rate_limit="2/hour", max_streams_per_client="1")
+        env = settings(upstream, redis, rate_limit="3/hour", max_streams_per_client="2")
         with servers.gunicorn(env, PATIENT) as relay:  # a connection is refused at once
-            assert [get(relay, client).status for _ in range(3)] == [200, 200, 429]
+            metrics = request(relay.admin_port, "GET", "/metrics").finish().data
+            assert b"\nrelay_limits_errors_total 0.0\n" in metrics, "before the first request"
+            assert [get(relay, client).status for _ in range(4)] == [200] * 3 + [429]
+            held = [open_stream(relay, other)]
             assert metric(relay, "relay_limits_errors_total") == 0
 
             redis.stop()
-            began = time.monotonic()
-            first, second = open_stream(relay, client), open_stream(relay, client)
-            assert (first.status, second.status) == (200, 200)
-            for _ in range(20):
-                response = get(relay, client)
-                assert response.status == 200
-                assert response.header("RateLimit-Remaining") is None, "nobody has counted"
-            assert time.monotonic() - began < 10
-            assert metric(relay, "relay_limits_errors_total") >= 40
+            held.append(open_stream(relay, other))
+            refused = open_stream(relay, other)
+            assert json.loads(refused.finish().data)["error"]["code"] == "too_many_streams"
+            assert [response.status for response in (*held, refused)] == [200, 200, 429], "the first one counts, too"
+            counted = [get(relay, client) for _ in range(4)]
+            assert [response.status for response in counted] == [200] * 3 + [429]
+            assert [response.header("RateLimit-Remaining") for response in counted] == [b"2", b"1", b"0", b"0"]
+            assert metric(relay, "relay_limits_errors_total") >= 8
             assert relay.log().count('"limits_away"') == 1
             assert "limits_back" not in relay.log()
 
             redis.start_again()
-            eventually(lambda: get(relay, client).status == 429, "requests are counted again")
-            eventually(
-                lambda: status_of_a_stream(relay, client) == 429,
-                "streams that began without Redis are counted now",
-                every=0.2,
-            )
-            assert '"limits_back"' in relay.log()
-            assert relay.log().count('"limits_away"') == 1
-            first.close()
-            second.close()
+            eventually(lambda: bool(get(relay, third) and '"limits_back"' in relay.log()), "it is there again")
+            assert [get(relay, client).status for _ in range(4)] == [200] * 3 + [429], "a new Redis has no memory"
+            held[0].close()
+            eventually(lambda: streams_in(redis, other) == 1, "what began without Redis is counted now")
+            held[1].close()
+
+            redis.stop()
+            eventually(lambda: bool(get(relay, third) and relay.log().count('"limits_away"') == 2), "said again")
+
+
+def test_without_redis_workers_share_out_the_limits(upstream: Upstream) -> None:
+    client, other = address(), address()
+    with redis_server() as redis:
+        env = settings(upstream, redis, rate_limit="40/hour", max_streams_per_client="5") | {"WEB_CONCURRENCY": "2"}
+        with servers.gunicorn(env, PATIENT) as relay:
+            assert get(relay, client).header("RateLimit-Limit") == b"40"
+            redis.stop()
+            held: list[Response] = []
+
+            def hold_one_more() -> bool:
+                response = open_stream(relay, client)
+                if response.status == 200:
+                    held.append(response)
+                return len(held) == 4  # 5 are 2 for each of 2 workers
+
+            eventually(hold_one_more, "both workers have their share")
+            assert {response.header("RateLimit-Limit") for response in held} == {b"20"}
+            for number in range(12):
+                refused = open_stream(relay, client)
+                code = json.loads(refused.finish().data)["error"]["code"]
+                assert (refused.status, code) == (429, "too_many_streams"), number
+            for response in held:
+                response.close()
+            connections = []  # kept, so that each worker has its part of them
+            statuses: Counter[int] = Counter()
+            bodies = []
+
+            def ask_once_more() -> None:
+                connections.append(Connection(relay.port))
+                connections[-1].send("GET", "/v1/x", {"X-Forwarded-For": other})
+                response = connections[-1].read_head()
+                bodies.append(response.finish().data)
+                statuses[response.status] += 1
+
+            def both_have_counted() -> bool:
+                ask_once_more()
+                return statuses[200] == 40
+
+            eventually(both_have_counted, "each worker lets 20 through")
+            for _ in range(60):
+                ask_once_more()
+            assert statuses[200] == 40
+            assert set(statuses) == {200, 429}
+            for connection in connections:
+                connection.close()
+            assert any(b"20 requests in 1 hour (RELAY_RATE_LIMIT, shared out" in body for body in bodies)
+            assert '"workers": 2' in relay.log()
 
 
 def test_a_redis_that_hangs_holds_nobody_for_long(upstream: Upstream) -> None:
@@ -284,7 +341,7 @@ def test_a_redis_that_hangs_holds_nobody_for_long(upstream: Upstream) -> None:
             began = time.monotonic()
             while time.monotonic() - began < 2.5:  # over more than one pause, so that it is tried again
                 at = time.monotonic()
-                assert get(relay, client).status == 200
+                assert get(relay, client).status in (200, 429), "counted by the worker itself"
                 took.append(time.monotonic() - at)
             assert max(took) < 5, "its connection, and once an answer"
             redis.go_on()

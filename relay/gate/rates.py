@@ -32,60 +32,74 @@ class Rates:
         self._name = f"relay:{name}"  # among others who use `limits` in the same Redis
         self._store = store
 
+    # A window that slides: a fixed one lets twice as many through around its end. It keeps two numbers for a client and
+    # not a time for each request, and in Redis it goes by Redis' clock, not by the hosts'.
+
     @cached_property
     def _limiter(self) -> RateLimiter:
-        # Made at the first request: the storage in memory starts a timer.
-        from limits.storage import MemoryStorage, RedisStorage
+        # Made when it is needed: the storage in memory starts a timer.
+        from limits.storage import MemoryStorage
         from limits.strategies import SlidingWindowCounterRateLimiter
 
-        # A window that slides: a fixed one lets twice as many through around its end. It keeps two numbers for a client
-        # and not a time for each request, and in Redis it goes by Redis' clock, not by the hosts'.
-        if self._store is None:
-            return SlidingWindowCounterRateLimiter(MemoryStorage())
+        return SlidingWindowCounterRateLimiter(MemoryStorage())
+
+    @cached_property
+    def _shared_limiter(self) -> RateLimiter:
+        from limits.storage import RedisStorage
+        from limits.strategies import SlidingWindowCounterRateLimiter
+
+        assert self._store is not None  # noqa: S101 - for the type checker
         return SlidingWindowCounterRateLimiter(RedisStorage("redis://", connection_pool=self._store.pool))
 
     def take(self, client: str) -> list[tuple[str, str]]:
         """Count a request of `client`; what is left of its budget, as response headers.
 
         Raises TooMany, and Full if too many others are waiting to be counted. Without an answer from Redis it counts
-        nothing, and gives no headers.
+        in this process, for its share of each rate.
         """
-        if self._store is None:
-            counted: tuple[RateLimitItem, WindowStats, bool] | None = self._count(client)
-        else:
-            counted = self._store.ask(lambda: self._count(client))
+        store = self._store
+        counted = store.ask(lambda: self._count(client, self._shared_limiter)) if store is not None else None
         if counted is None:
-            return []
-        rate, budget, granted = counted
+            counted = self._count(client, self._limiter, store)
+        rate, most, budget, granted = counted
+        remaining = budget.remaining - (rate.amount - most)
         seconds = math.ceil(budget.reset_time - time.time())
         if seconds <= 0:
             # Where time is counted in milliseconds, `limits` takes a window in its first one for one that is over.
-            seconds = rate.get_expiry() if granted and budget.remaining < rate.amount else 1
+            seconds = rate.get_expiry() if granted and remaining < most else 1
         # The names of draft-ietf-httpapi-ratelimit-headers-03 to -07, in seconds from now. Not X-RateLimit-…: these are
         # what upstreams send of their own budgets, partly as points in time, and a client must not take ours for those.
         headers = [
-            ("RateLimit-Limit", str(rate.amount)),
-            ("RateLimit-Remaining", str(budget.remaining if granted else 0)),
+            ("RateLimit-Limit", str(most)),
+            ("RateLimit-Remaining", str(remaining if granted else 0)),
             ("RateLimit-Reset", str(seconds)),
         ]
         if not granted:
             refusal = errors.TooMany(
-                f"this client has sent more than {rate.amount} requests in {_words(rate)} (RELAY_RATE_LIMIT)",
+                f"this client has sent more than {most} requests in {_words(rate)} (RELAY_RATE_LIMIT"
+                f"{'' if most == rate.amount else ', shared out to workers while RELAY_LIMITS_URL does not answer'})",
                 retry_after=seconds,
             )
             refusal.fields = headers
             raise refusal
         return headers
 
-    def _count(self, client: str) -> tuple[RateLimitItem, WindowStats, bool]:
-        """The rate of which least is left (or the one that is used up), what is left, and whether that was enough."""
-        limiter = self._limiter
-        tightest: tuple[RateLimitItem, WindowStats, bool] | None = None
+    def _count(
+        self, client: str, limiter: RateLimiter, alone: Store | None = None
+    ) -> tuple[RateLimitItem, int, WindowStats, bool]:
+        """The rate of which least is left (or the one that is used up), the most that it allows here, what is left of
+        all of it, and whether that was enough. `alone`: the store of which this process has its share."""
+        tightest: tuple[RateLimitItem, int, WindowStats, bool] | None = None
+        least = 0
         for rate in self._rates:
-            granted = limiter.hit(rate, self._name, client)
+            most = rate.amount if alone is None else alone.share(rate.amount)
+            others = rate.amount - most
+            granted = (
+                not others or limiter.get_window_stats(rate, self._name, client).remaining > others
+            ) and limiter.hit(rate, self._name, client)
             budget = limiter.get_window_stats(rate, self._name, client)
-            if tightest is None or not granted or budget.remaining < tightest[1].remaining:
-                tightest = rate, budget, granted
+            if tightest is None or not granted or budget.remaining - others < least:
+                tightest, least = (rate, most, budget, granted), budget.remaining - others
             if not granted:
                 break
         assert tightest is not None  # noqa: S101 - for the type checker: there is at least one rate

@@ -122,7 +122,7 @@ class Admission:
 
     def _too_many(self) -> errors.TooMany:
         return errors.TooMany(
-            f"this client has {self._most} open streams, as many as it may (RELAY_MAX_STREAMS_PER_CLIENT)",
+            f"this client has as many open streams as it may (RELAY_MAX_STREAMS_PER_CLIENT is {self._most})",
             code="too_many_streams",
             retry_after=_RETRY_AFTER,
         )

@@ -1,16 +1,18 @@
-"""What workers and hosts count together, in Redis. Waits are short, and without Redis nothing is counted.
+"""What workers and hosts count together, in Redis. Waits are short, and without Redis each worker counts by itself.
 
 Only what needs it imports this module's library: `import relay.shared` does without.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from relay import errors
@@ -83,6 +85,7 @@ class Store:
         self._turns = threading.BoundedSemaphore(_AT_ONCE)
         self._away = False
         self._ask_at = 0.0  # while it is away: when somebody tries again, monotonic seconds
+        self._workers = 1  # of this host, when it was last found away
 
     def ask(self, question: Callable[[], _Answer]) -> _Answer | None:
         """What `question`, which uses the client, returns. None: no answer came, or none was waited for.
@@ -118,8 +121,12 @@ class Store:
             return None
         if self._away:
             self._away = False
-            log.event("limits_back", message="RELAY_LIMITS_URL answers again: requests are counted")
+            log.event("limits_back", message="RELAY_LIMITS_URL answers again: workers count together")
         return answer
+
+    def share(self, limit: int) -> int:
+        """What this worker allows of `limit` when it counts by itself. How many hosts there are it cannot know."""
+        return max(limit // self._workers, 1)
 
     def _failed(self, error: Exception) -> None:
         # A master that has become a replica, or is loading, keeps its connections and refuses every question. New ones
@@ -127,12 +134,28 @@ class Store:
         self.pool.disconnect(inuse_connections=False)
         self._ask_at = time.monotonic() + _PAUSE
         if not self._away:
+            self._workers = _workers()
             self._away = True
             log.event(
                 "limits_away",
-                message="RELAY_LIMITS_URL does not answer: requests pass uncounted",
+                message="RELAY_LIMITS_URL does not answer: this worker counts by itself, for its share of each limit",
+                workers=self._workers,
                 error=f"{type(error).__name__}: {error}"[:200],
             )
+
+
+def _workers() -> int:
+    """How many workers serve with this one: its parent's children of the same command line; else WEB_CONCURRENCY."""
+    own, count = Path("/proc/self/cmdline"), 0
+    try:
+        for task in Path(f"/proc/{os.getppid()}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                with contextlib.suppress(OSError):  # it has ended
+                    count += Path(f"/proc/{child}/cmdline").read_bytes() == own.read_bytes()
+    except OSError:  # no Linux, or the parent's are not for everybody to see
+        count = 0
+    said = os.environ.get("WEB_CONCURRENCY", "")
+    return count or (int(said) if said.isdecimal() else 0) or 1
 
 
 class Leases:
@@ -152,13 +175,17 @@ class Leases:
         self._worker = os.urandom(8).hex()
         self._numbers = itertools.count()
         self._held: dict[str, str] = {}  # each lease's name, and the set that it is in
+        self._open: Counter[str] = Counter()  # how many of them are in each set
         self._over: deque[tuple[str, str]] = deque()
         self._wake = threading.Event()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def take(self, client: str) -> str:
-        """A lease's name; empty if the client has as many as it may. With no answer from Redis everybody gets one."""
+        """A lease's name; empty if the client has as many as it may. Raises Full if too many others are asking.
+
+        With no answer from Redis the client may have this worker's share, of which those that it has here are a part.
+        """
         lease, key = f"{self._worker}:{next(self._numbers)}", self._prefix + client
 
         def taken() -> int:
@@ -170,14 +197,23 @@ class Leases:
             answer = self._store.ask(taken)
             if answer == 0:
                 return ""
-        self._held[lease] = key  # one that was not counted now will be when it is renewed
+        with self._lock:
+            if answer is None and self._open.get(key, 0) >= self._store.share(self._most):
+                return ""
+            self._open[key] += 1
+            self._held[lease] = key  # one that was not counted now will be when it is renewed
         if self._thread is None:
             self._start()
         return lease
 
     def give_back(self, lease: str) -> None:
         """Never waits: it is sent from elsewhere."""
-        key = self._held.pop(lease, None)
+        with self._lock:
+            key = self._held.pop(lease, None)
+            if key is not None:
+                self._open[key] -= 1
+                if not self._open[key]:
+                    del self._open[key]
         if key is not None:
             self._over.append((key, lease))
             self._wake.set()
