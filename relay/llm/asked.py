@@ -23,6 +23,9 @@ _BETWEEN = re.compile(rb"[ \t\r\n,:\[\]{}0-9eE+\-.truefalsn]*+")
 _IN_STRING = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
 _VALUE = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*([^ \t\r\n,}]*)")
 
+#: Where OpenAI's chat completions take the wish (platform.openai.com/docs/api-reference/chat, "stream_options").
+_INCLUDE_USAGE = b'"stream_options":{"include_usage":true},'
+
 #: Names under which APIs take models, in lower case without separators.
 _MODEL_NAMES = frozenset(["model", "models", "modelid", "modelname", "fallbacks", "fallbackmodels"])
 _SEPARATORS = re.compile(r"[^a-z]")
@@ -46,6 +49,7 @@ class Asked:
     """What a body says."""
 
     stream: bool = False  # it asks for an event stream, and there is no doubt
+    stream_options: bool = False  # it says something of how it is to be streamed
     model: str | None = None  # what a strict reader takes for its model
     models: list[str] = field(default_factory=list)  # all that any reader could take for one
     opaque: bool = False  # sound, a picture or a film, which name no model
@@ -83,6 +87,7 @@ def parse_json(body: bytes | bytearray) -> Asked:
         model = said.get("model")
         asked.model = model if isinstance(model, str) else None
         asked.stream = said.get("stream") is True or said.get("stream_format") == "sse"
+        asked.stream_options = "stream_options" in said
     return asked
 
 
@@ -116,6 +121,8 @@ def scan_json(body: bytes | bytearray) -> Generator[None, None, Asked]:  # noqa:
             value = found.group(1) if found is not None else b""
             if depth == 1 and key == "stream":
                 asked.stream = value == b"true"
+            elif depth == 1 and key == "stream_options":
+                asked.stream_options = True
             elif depth == 1 and not value:
                 name = key
             if named and depth == 1 and value not in (b"", b"null") and key.lower() == "model":
@@ -180,6 +187,16 @@ def scan_json(body: bytes | bytearray) -> Generator[None, None, Asked]:  # noqa:
     if texts != 1:
         asked.stream = False
     return asked
+
+
+def with_usage(body: bytes | bytearray) -> bytes | bytearray:
+    """A JSON object that asks for a stream and has no `stream_options`, with the wish for usage put at its beginning; a
+    bytearray is changed in place."""
+    start = body.index(b"{") + 1
+    if isinstance(body, bytearray):
+        body[start:start] = _INCLUDE_USAGE
+        return body
+    return body[:start] + _INCLUDE_USAGE + body[start:]
 
 
 def names_models(key: str) -> bool:

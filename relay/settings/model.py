@@ -70,6 +70,7 @@ class Settings:
     allow_anonymous: bool
     trusted_proxies: tuple[Network, ...]
     transparent: bool
+    include_usage: bool
     drop_headers: frozenset[str]  # in lower case
     pass_headers: frozenset[str]  # in lower case
     cors_origins: tuple[str, ...]  # as browsers write them, or "*"

@@ -100,6 +100,12 @@ def _installed(package: str) -> bool:
         return False
 
 
+def _changed_or_not(values: Values) -> str:
+    if not (values["transparent"] and values["include_usage"]):
+        return ""
+    return "RELAY_INCLUDE_USAGE = on: changes requests, which RELAY_TRANSPARENT leaves as they are; keep one of the two"
+
+
 def _kept_or_dropped(values: Values) -> str:
     both = sorted(values["drop_headers"] & values["pass_headers"])
     return (
@@ -115,6 +121,7 @@ _ALWAYS: tuple[_Rule, ...] = (
     (("upstream_key", "upstream_key_header", "upstream_headers"), _one_key_header),
     (("rate_limit",), _rates_can_be_counted),
     (("drop_headers", "pass_headers"), _kept_or_dropped),
+    (("transparent", "include_usage"), _changed_or_not),
     (("cors_origins",), _other_origins_can_be_answered),
     (("rate_limit", "max_streams_per_client", "limits_url"), _redis_can_be_asked),
 )

@@ -154,6 +154,12 @@ _CALLERS = (
         "off",
         "for an upstream of your own: cookies, Origin, Set-Cookie and CORS headers go through too",
     ),
+    Setting(
+        "RELAY_INCLUDE_USAGE",
+        SWITCH,
+        "off",
+        "relayed requests for a streamed chat completion ask for usage too; they are then not as they came",
+    ),
     Setting("RELAY_DROP_HEADERS", HEADER_NAMES, "", "more request headers that must not go upstream"),
     Setting(
         "RELAY_PASS_HEADERS",

@@ -13,7 +13,7 @@ from werkzeug.routing import RequestRedirect
 
 from relay import errors
 from relay.gate.models import check_models
-from relay.llm.asked import Asked, parse_json, scan
+from relay.llm.asked import Asked, parse_json, scan, with_usage
 from relay.stream import ticks
 from relay.web.intake import Body, Intake
 from relay.web.request import Wish, expected_body, raw_target, wish_for_events, without_body
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 #: Raw paths below the mount whose GET costs nothing with any provider: the list of models, and one of them.
 _FREE_GET = re.compile(r"models(?:/[^/]*)?")
 
+#: A digest or signature of the body (RFC 9530, RFC 9421 and those before them, AWS).
+_SIGNATURES = frozenset(
+    ["HTTP_CONTENT_DIGEST", "HTTP_DIGEST", "HTTP_CONTENT_MD5", "HTTP_SIGNATURE", "HTTP_X_AMZ_CONTENT_SHA256"]
+)
 #: Bytes of a body that is parsed where nothing but a strict reader's view of it counts.
 _SHORT = 16 * 1024
 #: Gemini's streams: google-genai for Python takes each comment for JSON and fails on it.
@@ -69,12 +73,13 @@ def relay_request(mount: Mount, rest: str) -> Response:
     overrides = call.overrides(record)
     models = settings.models
     looks = models is not None or mount.wants_model
+    adds_usage = settings.include_usage and method == "POST" and _takes_usage(path, environ)
     kind, coding = asked.content_type or "", asked.headers.get("Content-Encoding", "identity").strip().lower()
 
     def finish(body: Body) -> Generator[None, None, Exchange]:
         if body is None:
             body = without_body(method)
-        if looks or (wish is Wish.BODY and body and b"stream" in body):
+        if looks or adds_usage or (wish is Wish.BODY and body and b"stream" in body):
             said = yield from _asked(body, kind, coding, every=models is not None)
             if models is not None:
                 check_models(models, method, path, query, said)
@@ -82,6 +87,8 @@ def relay_request(mount: Mount, rest: str) -> Response:
                 record.model = said.model
             if wish is Wish.BODY:
                 record.asks_for_events = said.stream
+            if adds_usage and body and said.stream and not said.stream_options and _is_json(kind):
+                body = with_usage(body)
         overrides["X-Request-ID"] = record.request_id
         return mount.upstream.exchange(method, slash + path, query, headers, body, overrides)
 
@@ -103,6 +110,17 @@ def _asked(body: Body, kind: str, coding: str, *, every: bool) -> Generator[None
     if body and not every and len(body) <= _SHORT and body[:1] == b"{":
         return parse_json(body)
     return (yield from scan(body, kind))
+
+
+def _takes_usage(path: str, environ: Mapping[str, Any]) -> bool:
+    """Whether a wish for usage may be added to a request: this API knows it, and no digest or signature of the body
+    would not fit any more."""
+    return f"/{path}".endswith("/completions") and _SIGNATURES.isdisjoint(environ)
+
+
+def _is_json(kind: str) -> bool:
+    """Whether a body of this Content-Type is JSON, as one without any is taken for."""
+    return kind.partition(";")[0].strip().lower() in ("", "application/json")
 
 
 def _check_place(mount: Mount, rest: str) -> None:
