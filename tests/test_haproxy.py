@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
@@ -38,6 +39,11 @@ class Two(NamedTuple):
         for _ in range(4):
             request(self.proxy.port, "POST", "/v1" + path, body=b"{}").finish()
         return all(relay.log().count('"event": "request"') for relay in self.relays)
+
+
+def refuses(port: int) -> bool:
+    with contextlib.closing(socket.socket()) as sock:
+        return sock.connect_ex(("127.0.0.1", port)) != 0
 
 
 def brief(ex: Exchange) -> None:
@@ -132,6 +138,7 @@ def test_a_relay_that_is_gone_costs_nobody_a_request() -> None:
         path = rig.upstream.serve(brief)
         gone, _ = rig.relays
         os.killpg(gone.pid, signal.SIGKILL)
+        eventually(lambda: refuses(gone.port), "its port is closed")  # what is still accepted is lost with it
         answers = [request(rig.proxy.port, "POST", "/v1" + path, body=b"{}").finish().data for _ in range(30)]
         assert answers == [b"data: 1\n\n"] * 30
         assert len(rig.upstream.seen(path)) == 30, "none is sent twice"
