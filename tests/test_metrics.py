@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -61,6 +62,41 @@ def test_metrics_cost_no_answer(disk: str, upstream: Upstream, tmp_path: Path) -
         assert request(relay.admin_port, "GET", "/metrics").status == 200
         assert relay.workers() == workers
         assert relay.log().count("has no metrics") == 1
+
+
+def test_lost_lines_of_the_log_are_counted(upstream: Upstream, tmp_path: Path) -> None:
+    """Nobody reads the pipe that standard output is."""
+    port, admin = servers.free_port(), servers.free_port()
+    path = upstream.serve(lambda ex: ex.reply(b"ok"))
+    settings = {"RELAY_BIND": f"127.0.0.1:{port}", "RELAY_ADMIN_BIND": f"127.0.0.1:{admin}"}
+    env = servers.environment(settings | {"RELAY_UPSTREAM_URL": upstream.base_url})
+    read, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+    with (tmp_path / "stderr").open("wb") as err:
+        master = subprocess.Popen(
+            [sys.executable, "-m", "gunicorn", "-c", "python:relay.gunicorn_conf"],
+            cwd=tmp_path,
+            env=env | {"PYTHONPATH": str(REPO)},
+            stdout=write,
+            stderr=err,
+        )
+    os.close(write)
+    try:
+
+        def lost() -> float | None:
+            with contextlib.suppress(OSError):
+                text = request(admin, "GET", "/metrics").finish().data.decode()
+                return float(re.findall(r"^relay_log_lines_lost_total (\S+)$", text, re.MULTILINE)[0])
+            return None
+
+        eventually(lambda: lost() == 0, "the series, before a line is lost", 20)
+        for _ in range(30):
+            assert request(port, "POST", "/v1" + path, body=b"{}").finish().data == b"ok"
+        eventually(lambda: (lost() or 0) > 10, "lost lines")
+    finally:
+        os.close(read)
+        master.terminate()
+        master.wait(20)
 
 
 @needs_mount

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import time
@@ -14,6 +15,7 @@ from harness import DEADLINE, eventually, servers
 from harness.client import Connection, request
 from harness.upstream import Upstream
 
+from relay import errors
 from relay.observe import log
 
 if TYPE_CHECKING:
@@ -217,15 +219,31 @@ def test_a_log_that_nobody_reads_stops_nothing() -> None:
     assert lines[-2]["lines"] + len(lines) - 1 == 2001
 
 
-def test_the_fields_of_a_line_that_would_not_fit_are_cut() -> None:
+@pytest.mark.parametrize(
+    "text", ["x" * 10_000, "\u20ac" * 10_000, "\n\x00" * 5000], ids=["plain", "beyond ASCII", "control"]
+)
+@pytest.mark.parametrize("fields", [1, 12])
+def test_the_fields_of_a_line_that_would_not_fit_are_cut(text: str, fields: int) -> None:
+    said = {"event": "request", "request_id": "its-id", **{f"text-{n}": text for n in range(fields)}}
     read, write = os.pipe()
     try:
         output = log._Output(write)
         output._lost = 7
-        output({"event": "request", "request_id": "its-id", "text": "x" * 10_000})
+        output(dict(said))
         lost, line = os.read(read, 1 << 20).splitlines()
-        assert json.loads(lost)["lines"] == 7
-        assert json.loads(line) == {"event": "request", "request_id": "its-id", "text": "x" * 200}
     finally:
         os.close(read)
         os.close(write)
+    assert json.loads(lost)["lines"] == 7
+    told = json.loads(line)
+    assert len(line) <= select.PIPE_BUF - 200
+    assert (told["event"], told["request_id"], set(told)) == ("request", "its-id", set(said))
+    assert all(text.startswith(told[f"text-{n}"]) and len(told[f"text-{n}"]) >= 20 for n in range(fields))
+
+
+def test_a_mounted_relays_lines_are_cut_too(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "relay"):
+        log.refused(errors.BadRequest("no"), "its-id", "A" * 100_000, "127.0.0.1", "relay.relay")
+    (record,) = caplog.records
+    assert len(record.getMessage()) < 4096
+    assert json.loads(record.getMessage())["method"] == "A" * 200

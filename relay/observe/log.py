@@ -17,6 +17,8 @@ import time
 import traceback
 from typing import TYPE_CHECKING, Any
 
+from relay.observe.metrics import metrics
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -40,18 +42,29 @@ def app_fault(message: str, *arguments: object) -> None:
 _encode = json.JSONEncoder(separators=(", ", ": ")).encode
 
 
+#: Bytes that a pipe with room for any takes at once, so that they neither wait nor mix with others' (POSIX, PIPE_BUF).
+_LONGEST = select.PIPE_BUF - 200
+#: Characters that are left of each field of a longer line. JSON takes up to twelve bytes for one.
+_CUTS = (200, 20)
+
+
+def _within(line: dict[str, Any], form: Callable[[dict[str, Any]], str]) -> str:
+    """A line in its form, its long fields cut if a pipe would not take it at once: whatever a client or an upstream has
+    put there, it is no longer than this."""
+    text = form(line)
+    for cut in _CUTS:
+        if len(text) <= _LONGEST // 4 or len(text.encode()) <= _LONGEST:
+            break
+        text = form({name: value[:cut] if isinstance(value, str) else value for name, value in line.items()})
+    return text
+
+
 def _to_logger(line: dict[str, Any]) -> None:
     if logger.isEnabledFor(logging.INFO):
-        logger.info("%s", _encode(line))
+        logger.info("%s", _within(line, _encode))
 
 
 _emit: Callable[[dict[str, Any]], None] = _to_logger
-
-
-#: Bytes that a pipe with room for any takes at once, so that they neither wait nor mix with others' (POSIX, PIPE_BUF).
-_LONGEST = select.PIPE_BUF - 200
-#: Characters that are left of each field of a longer line.
-_CUT = 200
 
 
 def _room(descriptor: int) -> Callable[[], bool]:
@@ -85,22 +98,19 @@ class _Output:
         if self._lost:
             data = self._bytes({"event": "log_lines_lost", "lines": self._lost}) + data
         try:
-            if not self._has_room():
-                self._lost += 1
-                return
-            os.write(self._descriptor, data)
+            written = self._has_room()
+            if written:
+                os.write(self._descriptor, data)
         except OSError:
-            self._lost += 1
-        else:
+            written = False
+        if written:
             self._lost = 0
+        else:
+            self._lost += 1
+            metrics().log_line_lost()
 
     def _bytes(self, line: dict[str, Any]) -> bytes:
-        """A line that a pipe takes at once, with one that tells of lost lines before it: its long fields are cut."""
-        data = (self._format(line) + "\n").encode()
-        if len(data) > _LONGEST:
-            cut = {name: value[:_CUT] if isinstance(value, str) else value for name, value in line.items()}
-            data = (self._format(cut) + "\n").encode()[-_LONGEST:]
-        return data
+        return (_within(line, self._format) + "\n").encode()
 
 
 def for_people(line: dict[str, Any]) -> str:

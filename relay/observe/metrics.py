@@ -39,6 +39,7 @@ NAMES = (
     "relay_upstream_reachable",
     "relay_upstream_key_accepted",
     "relay_limits_errors_total",
+    "relay_log_lines_lost_total",
 )
 
 #: What prometheus_client names a process's files by, and their size when it makes them: ten times what a relay needs.
@@ -97,6 +98,7 @@ class Metrics:
         self._limits_errors = counter(
             "relay_limits_errors", "Questions to RELAY_LIMITS_URL without an answer: requests, streams, renewals."
         )
+        self._lines_lost = counter("relay_log_lines_lost", "Lines of the log that nobody could take.")
         self._labelled: dict[tuple[Any, ...], Any] = {}
 
     def _child(self, metric: Any, *labels: str | int) -> Any:
@@ -161,6 +163,11 @@ class Metrics:
         """Something passed uncounted, because whoever counts did not answer."""
         if self._on:
             self._limits_errors.inc()
+
+    def log_line_lost(self) -> None:
+        """A line of the log could not be written."""
+        if self._on:
+            self._lines_lost.inc()
 
     def upstream(self, mount: str, *, reachable: bool, key_accepted: bool | None) -> None:
         """What the latest evidence says of the upstream. `key_accepted` None: it says nothing of the key."""

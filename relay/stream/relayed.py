@@ -42,6 +42,8 @@ _LOOK_AT_UPLOADS = 1.0
 _PAUSED = 0.1
 #: Seconds from the last bytes to a cut. Browsers throw away what a page has not read yet when a connection breaks.
 _TO_READ = 0.25
+#: Characters of a model's name in the list of streams: a client may say what it likes.
+_LONGEST_MODEL = 200
 #: Seconds after which an upstream that has sent a chat's end mark and nothing more is left.
 _AFTER_ITS_END = 5.0
 
@@ -694,7 +696,7 @@ class Stream:
             "events": self._tracker.events if self._tracker is not None else 0,
             "bytes": intake.received if intake is not None and uploads else record.bytes,
             "mount": record.mount,
-            "model": record.model,
+            "model": record.model and record.model[:_LONGEST_MODEL],
             "worker": os.getpid(),
         }
 
