@@ -246,6 +246,12 @@ else:
             "RELAY_LIMITS_URL = (not shown): is no URL that redis-py understands",
             id="a URL with an option that redis-py has not",
         ),
+        pytest.param(
+            {"RELAY_RATE_LIMIT": "3/hour", "RELAY_LIMITS_URL": "redis+cluster://:secret@h/?no_such_option=1"},
+            "",
+            "RELAY_LIMITS_URL = (not shown): is no URL that redis-py understands",
+            id="a cluster with such an option",
+        ),
     ],
 )
 def test_a_shop_without_the_package_is_told_when_it_mounts(
@@ -270,7 +276,8 @@ def test_mounting_with_limits_starts_no_thread_and_opens_no_socket() -> None:
         "from relay import Relay\n"
         "def refuse(*args, **kwargs): raise AssertionError('opened something')\n"
         "socket.socket.__init__ = threading.Thread.start = refuse\n"
-        "for url in ('memory://', 'redis://127.0.0.1:9', 'redis+unix:///run/redis'):\n"
+        "for url in ('memory://', 'redis://127.0.0.1:9', 'redis+unix:///run/redis', 'redis+cluster://127.0.0.1:9',\n"
+        "        'redis+sentinel://127.0.0.1:9/name'):\n"
         "    Relay(Flask('shop'), url_prefix='/ai', settings={'RELAY_UPSTREAM_URL': 'http://127.0.0.1:9',\n"
         "        'RELAY_RATE_LIMIT': '9/hour', 'RELAY_MAX_STREAMS_PER_CLIENT': 2, 'RELAY_LIMITS_URL': url})\n"
     )

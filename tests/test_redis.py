@@ -3,18 +3,20 @@ relay serves on and says so."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import signal
 import time
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from harness import REPO, eventually, servers, turns
+from harness.authority import Authority
 from harness.client import Connection, request
-from harness.redis import Redis, redis_server
+from harness.redis import Redis, cli, redis_cluster, redis_sentinel, redis_server
 from harness.upstream import Exchange, Upstream
 
 if TYPE_CHECKING:
@@ -438,6 +440,160 @@ def test_a_redis_that_is_loading_is_asked_again(upstream: Upstream) -> None:
             assert "BusyLoadingError" in relay.log()
             assert is_loading(data)
         eventually(lambda: get(relay, client).status == 429, "counted again, with what had been saved", every=0.2)
+
+
+# --- Several servers
+
+
+def test_a_cluster_counts_for_all_and_a_slot_that_moves_is_followed(upstream: Upstream) -> None:
+    from redis.cluster import ClusterNode, RedisCluster
+
+    clients = [address() for _ in range(8)]
+    with redis_cluster() as nodes, RedisCluster(startup_nodes=[ClusterNode(nodes[0].host, nodes[0].port)]) as look:
+        env = settings(upstream, nodes[0], rate_limit="3/hour", max_streams_per_client="1")
+        dead = f"127.0.0.1:{servers.free_port()}"
+        env["RELAY_LIMITS_URL"] = f"redis+cluster://{dead},{nodes[1].host}:{nodes[1].port}"
+        with servers.gunicorn(env, PATIENT) as one, servers.gunicorn(env, PATIENT) as other:
+            for relay in (one, other):  # the dead node is asked first, and next another
+                eventually(lambda relay=relay: has_counted(relay, clients[0]), "it has found the cluster", every=0.2)
+                relay.wait_log('"limits_back"')
+            held = [open_stream(one, client) for client in clients[1:]]
+            assert {response.status for response in held} == {200}
+            keys = [f"relay:streams:relay:{client}" for client in clients[1:]]
+            assert len({look.get_node_from_key(key).name for key in keys}) == 3, "they lie on all nodes"
+            renewed(look, keys)
+            for client in clients[1:]:
+                assert json.loads(open_stream(other, client).finish().data)["error"]["code"] == "too_many_streams"
+            for response in held:
+                response.close()
+            eventually(lambda: not any(look.exists(key) for key in keys), "the leases are given back")
+            assert one.log().count('"limits_away"') == 1, "the dead node"
+
+            for client in clients[1:]:  # the third and the fourth request of each
+                assert [get(relay, client).status for relay in (one, other)] == [200, 429]
+            spent = clients[1]
+            (key,) = (name for node in nodes for name in names_in(node) if f"/{spent}/" in name)
+            move(look, look.keyslot(key), nodes)
+            one.mark()
+            began = time.monotonic()
+            get(one, spent)
+            assert '"limits_away"' in one.log_since_mark()
+            assert "MovedError" in one.log_since_mark()
+            eventually(lambda: '"limits_back"' in one.log_since_mark() or not get(one, spent), "found", every=0.2)
+            assert get(one, spent).status == 429, "what was counted has come along"
+            assert time.monotonic() - began < 5
+
+
+def test_a_cluster_that_hangs_holds_nobody_for_long(upstream: Upstream) -> None:
+    """Also those who came before it hung: they wait for one node each, and not for all in turn."""
+    client = address()
+    with redis_cluster() as nodes:
+        env = settings(upstream, nodes[0], rate_limit="50/hour")
+        env["RELAY_LIMITS_URL"] = f"redis+cluster://{nodes[0].host}:{nodes[0].port}"
+        with servers.gunicorn(env) as relay, contextlib.ExitStack() as stack:
+            eventually(lambda: get(relay, client).header("RateLimit-Limit") == b"50", "it has found the cluster")
+            connections = [stack.enter_context(Connection(relay.port)) for _ in range(60)]
+            for node in nodes:
+                node.hang()
+            began = time.monotonic()
+            for connection in connections:
+                connection.send("GET", "/v1/x", {"X-Forwarded-For": client})
+            assert {connection.read_head().status for connection in connections} <= {200, 429}
+            assert time.monotonic() - began < 5
+            relay.wait_log('"limits_away"')
+            for node in nodes:
+                node.go_on()
+            eventually(lambda: bool(get(relay, client)) and '"limits_back"' in relay.log(), "it is back", every=0.2)
+
+
+def test_leases_of_several_clients_are_renewed_where_no_command_takes_several_keys(upstream: Upstream) -> None:
+    """A cluster of one node, which a plain URL reaches."""
+    from redis import Redis as Client
+
+    clients = [address() for _ in range(4)]
+    with (
+        redis_cluster(1) as (node,),
+        Client(node.host, node.port) as look,
+        servers.gunicorn(settings(upstream, node, max_streams_per_client="1"), PATIENT) as relay,
+    ):
+        held = [open_stream(relay, client) for client in clients]
+        renewed(look, [f"relay:streams:relay:{client}" for client in clients])
+        assert [status_of_a_stream(relay, client) for client in clients] == [429] * 4
+        for response in held:
+            response.close()
+        eventually(lambda: names_in(node) == [], "the leases are given back")
+        assert metric(relay, "relay_limits_errors_total") == 0
+
+
+def test_a_master_that_dies_is_left_for_the_one_that_sentinels_name(upstream: Upstream) -> None:
+    spent, fresh = address(), address()
+    with redis_server() as master, redis_server() as replica:
+        cli(replica, "REPLICAOF", master.host, str(master.port))
+        with redis_sentinel(master) as sentinel:
+            env = settings(upstream, master, rate_limit="3/hour")
+            dead = f"127.0.0.1:{servers.free_port()}"
+            env["RELAY_LIMITS_URL"] = f"redis+sentinel://{dead},{sentinel.host}:{sentinel.port}/mymaster/0"
+            with servers.gunicorn(env, PATIENT) as relay:
+                assert [get(relay, spent).status for _ in range(4)] == [200] * 3 + [429]
+                assert len(names_in(master)) == 1
+                eventually(lambda: names_in(replica) == names_in(master), "they are in step")
+                eventually(lambda: "slaves=1" in cli(sentinel, "INFO", "sentinel"), "the Sentinel knows both")
+                master.stop(signal.SIGKILL)
+                get(relay, fresh)
+                relay.wait_log('"limits_away"')
+                eventually(
+                    lambda: bool(get(relay, fresh)) and '"limits_back"' in relay.log(), "counted again", 60, every=0.2
+                )
+                assert get(relay, spent).status == 429, "what was counted has come along"
+
+
+def test_tls_is_spoken_with_one_server_and_with_a_cluster(upstream: Upstream, tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    authority.issue("redis", "DNS:localhost,IP:127.0.0.1")
+    tls = servers.free_port()
+    options = ["--tls-port", str(tls), "--tls-auth-clients", "no", "--tls-ca-cert-file", str(authority.certificate)]
+    options += ["--tls-cert-file", str(tmp_path / "redis.pem"), "--tls-key-file", str(tmp_path / "redis.key")]
+    with redis_server(options=options) as redis:
+        for scheme in ("rediss", "rediss+cluster"):
+            client = address()
+            env = settings(upstream, redis, rate_limit="2/hour")
+            env["RELAY_LIMITS_URL"] = f"{scheme}://localhost:{tls}/0?ssl_ca_certs={authority.certificate}"
+            with servers.gunicorn(env, PATIENT) as relay:
+                assert [get(relay, client).status for _ in range(3)] == [200, 200, 429]
+                said = "Cluster mode is not enabled" if "cluster" in scheme else ""
+                assert said in relay.log()
+            assert len(names_in(redis)) == 1
+
+
+def has_counted(relay: Gunicorn, client: str) -> bool:
+    get(relay, client)
+    return '"limits_back"' in relay.log()
+
+
+def names_in(redis: Redis) -> list[str]:
+    return cli(redis, "KEYS", "*").split()
+
+
+def renewed(look: Any, keys: list[str]) -> None:
+    """Wait until each of these sets, of one lease each, lasts longer than it did."""
+    ends = {key: look.zrange(key, 0, -1, withscores=True) for key in keys}
+    assert {len(leases) for leases in ends.values()} == {1}, ends
+    for key, [(lease, end)] in ends.items():
+        eventually(lambda key=key, lease=lease, end=end: (look.zscore(key, lease) or 0) > end, f"{key} is renewed")
+
+
+def move(look: Any, slot: int, nodes: list[Redis]) -> None:
+    """Let another node of the cluster have this slot and what is in it."""
+    owner = look.nodes_manager.get_node_from_slot(slot)
+    (source,) = (node for node in nodes if node.port == owner.port)
+    target = next(node for node in nodes if node is not source)
+    ids = {node: cli(node, "CLUSTER", "MYID").strip() for node in nodes}
+    cli(target, "CLUSTER", "SETSLOT", str(slot), "IMPORTING", ids[source])
+    cli(source, "CLUSTER", "SETSLOT", str(slot), "MIGRATING", ids[target])
+    for key in cli(source, "CLUSTER", "GETKEYSINSLOT", str(slot), "100").split():
+        assert cli(source, "MIGRATE", target.host, str(target.port), key, "0", "5000").strip() == "OK"
+    for node in (target, source, *nodes):
+        cli(node, "CLUSTER", "SETSLOT", str(slot), "NODE", ids[target])
 
 
 # --- What stands in Redis

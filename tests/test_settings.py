@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from relay.settings import GROUPS, SETTINGS, Setting, Settings, SettingsError, loopback
 from relay.wire.target import ALLOW_EVERYTHING, DEFAULT_ALLOW_WITH_KEY, allows
 
+SENTINELS = "redis+sentinel://user:pw@[::1]:1,b.example:2/mymaster/3?socket_keepalive=yes"
 ENV_EXAMPLE = (Path(__file__).parent.parent / ".env.example").read_text(encoding="utf-8")
 UPSTREAM = {"RELAY_UPSTREAM_URL": "https://api.example/v1"}
 BY_NAME = {setting.name: setting for setting in SETTINGS}
@@ -152,6 +153,8 @@ CONTAINED = ipaddress.ip_network("10.0.0.0/8")
         pytest.param("RELAY_RATE_LIMIT", "10 per 2 hours; 1/second", "10 per 2 hours; 1/second", id="rates"),
         pytest.param("RELAY_RATE_LIMIT", "", None, id="no-rate"),
         pytest.param("RELAY_LIMITS_URL", "redis://:pw@h:6379/0", "redis://:pw@h:6379/0", id="redis"),
+        pytest.param("RELAY_LIMITS_URL", SENTINELS, SENTINELS, id="sentinels"),
+        pytest.param("RELAY_LIMITS_URL", "rediss+cluster://a,b:7000", "rediss+cluster://a,b:7000", id="cluster"),
         pytest.param("RELAY_HEALTH_PATH", "/models?limit=1", "models?limit=1", id="health-path"),
         pytest.param("RELAY_HEALTH_PATH", "", "", id="the-base-itself"),
         pytest.param("RELAY_BIND", "[::]:80", "[::]:80", id="bind-ipv6"),
@@ -256,6 +259,11 @@ def test_a_value_comes_to_what_the_table_says(name: str, text: object, value: ob
         pytest.param("RELAY_RATE_LIMIT", "60/fortnight", "60/minute", id="rate-unit"),
         pytest.param("RELAY_LIMITS_URL", "memory", "memory://", id="limits"),
         pytest.param("RELAY_LIMITS_URL", "mysql://h", "redis://", id="limits-scheme"),
+        pytest.param("RELAY_LIMITS_URL", "redis+sentinel://a:1,b:2/", "the name of the master", id="no-master"),
+        pytest.param("RELAY_LIMITS_URL", "redis+sentinel://a/name/x", "no number", id="sentinel-database"),
+        pytest.param("RELAY_LIMITS_URL", "redis+cluster://a:1/1", "names a database", id="cluster-database"),
+        pytest.param("RELAY_LIMITS_URL", "redis+cluster://a:1,b:x", "redis+cluster://", id="cluster-port"),
+        pytest.param("RELAY_LIMITS_URL", "redis+cluster://a:1,,b:2", "redis+cluster://", id="cluster-host"),
         pytest.param("RELAY_HEALTH_PATH", "../admin", "below the upstream URL", id="health-path-dots"),
         pytest.param("RELAY_HEALTH_PATH", "http://h/models", "below the upstream URL", id="health-path-url"),
         pytest.param("RELAY_BIND", "8000", "host:port", id="port-alone"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 from relay import errors
@@ -15,6 +15,7 @@ from relay import errors
 if TYPE_CHECKING:
     from limits import RateLimitItem, WindowStats
     from limits.strategies import RateLimiter
+    from redis import ConnectionPool
 
     from relay.shared.redis import Store
 
@@ -43,13 +44,9 @@ class Rates:
 
         return SlidingWindowCounterRateLimiter(MemoryStorage())
 
-    @cached_property
-    def _shared_limiter(self) -> RateLimiter:
-        from limits.storage import RedisStorage
-        from limits.strategies import SlidingWindowCounterRateLimiter
-
-        assert self._store is not None  # noqa: S101 - for the type checker
-        return SlidingWindowCounterRateLimiter(RedisStorage("redis://", connection_pool=self._store.pool))
+    def _limiter_of(self, store: Store, rate: RateLimitItem, client: str) -> RateLimiter:
+        # In a cluster each rate of a client has its node.
+        return _limiter_at(store.nodes.client(rate.key_for(self._name, client)).connection_pool)
 
     def take(self, client: str) -> list[tuple[str, str]]:
         """Count a request of `client`; what is left of its budget, as response headers.
@@ -58,9 +55,9 @@ class Rates:
         in this process, for its share of each rate.
         """
         store = self._store
-        counted = store.ask(lambda: self._count(client, self._shared_limiter)) if store is not None else None
+        counted = store.ask(lambda: self._count(client, store, together=True)) if store is not None else None
         if counted is None:
-            counted = self._count(client, self._limiter, store)
+            counted = self._count(client, store, together=False)
         rate, most, budget, granted = counted
         remaining = budget.remaining - (rate.amount - most)
         seconds = math.ceil(budget.reset_time - time.time())
@@ -85,14 +82,17 @@ class Rates:
         return headers
 
     def _count(
-        self, client: str, limiter: RateLimiter, alone: Store | None = None
+        self, client: str, store: Store | None, *, together: bool
     ) -> tuple[RateLimitItem, int, WindowStats, bool]:
         """The rate of which least is left (or the one that is used up), the most that it allows here, what is left of
-        all of it, and whether that was enough. `alone`: the store of which this process has its share."""
+        all of it, and whether that was enough. `together`: in the store; else here, for the share of this process."""
         tightest: tuple[RateLimitItem, int, WindowStats, bool] | None = None
         least = 0
         for rate in self._rates:
-            most = rate.amount if alone is None else alone.share(rate.amount)
+            if together and store is not None:
+                limiter, most = self._limiter_of(store, rate, client), rate.amount
+            else:
+                limiter, most = self._limiter, store.share(rate.amount) if store is not None else rate.amount
             others = rate.amount - most
             granted = (
                 not others or limiter.get_window_stats(rate, self._name, client).remaining > others
@@ -104,6 +104,14 @@ class Rates:
                 break
         assert tightest is not None  # noqa: S101 - for the type checker: there is at least one rate
         return tightest
+
+
+@lru_cache(maxsize=32)  # more than a cluster has nodes
+def _limiter_at(pool: ConnectionPool) -> RateLimiter:
+    from limits.storage import RedisStorage
+    from limits.strategies import SlidingWindowCounterRateLimiter
+
+    return SlidingWindowCounterRateLimiter(RedisStorage("redis://", connection_pool=pool))
 
 
 def _words(rate: RateLimitItem) -> str:

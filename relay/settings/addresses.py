@@ -28,8 +28,10 @@ PORTS = range(1, 65536)
 _LONGEST_HOST = 253  # RFC 1035 §2.3.4, without the root's dot
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
-# What both redis-py and the library `limits` reach one Redis by.
-_LIMITS_SCHEMES = frozenset({"redis", "rediss", "redis+unix"})
+# What the library `limits` names them by, with two s for TLS as in redis-py.
+_ONE_REDIS = frozenset({"redis", "rediss", "redis+unix"})
+_SENTINELS = frozenset({"redis+sentinel", "rediss+sentinel"})
+_CLUSTERS = frozenset({"redis+cluster", "rediss+cluster"})
 
 # What the relay itself answers (README.md, "What it answers"). A mount on or above
 # one of these would hide it.
@@ -178,13 +180,35 @@ def _limits_url(value: object) -> str:
     scheme, mark, rest = text.partition("://")
     if mark and scheme == "memory" and not rest:
         return text
-    if not mark or scheme not in _LIMITS_SCHEMES or not rest:
+    if not mark or scheme not in _ONE_REDIS | _SENTINELS | _CLUSTERS or not rest:
         raise FaultError
     try:
-        _ = urlsplit(text).port
+        name, _, database = urlsplit(text).path.strip("/").partition("/")
+        if scheme not in _ONE_REDIS:
+            limits_hosts(text)
+        elif scheme != "redis+unix":
+            _ = urlsplit(text).port
     except ValueError:
         raise FaultError from None
+    if scheme in _SENTINELS and not name:
+        raise FaultError("lacks the name of the master that the Sentinels watch: redis+sentinel://host:port/name")
+    if scheme in _SENTINELS and database and not database.isdecimal():
+        raise FaultError("has a database that is no number; it comes last: redis+sentinel://host:port/name/0")
+    if scheme in _CLUSTERS and name not in ("", "0"):
+        raise FaultError("names a database; a cluster has none but 0")
     return text
+
+
+def limits_hosts(url: str) -> list[tuple[str, int]]:
+    """Return the hosts and ports of a RELAY_LIMITS_URL that names several. Raises ValueError."""
+    parts = urlsplit(url)
+    hosts = []
+    for item in parts.netloc.rpartition("@")[2].split(","):
+        one = urlsplit(f"//{item}")
+        if not one.hostname or not _is_host(one.hostname):
+            raise ValueError
+        hosts.append((one.hostname, one.port or (26379 if parts.scheme in _SENTINELS else 6379)))
+    return hosts
 
 
 def _bind(value: object) -> str:
@@ -300,7 +324,11 @@ UPSTREAM_URL = Kind(
     _upstream_url,
 )
 PROXY = Kind("an http:// or https:// URL without a path", _proxy)
-LIMITS_URL = Kind("memory:// or redis://host:port (rediss:// for TLS)", _limits_url)
+LIMITS_URL = Kind(
+    "memory://, redis://host:port (rediss:// for TLS), redis+sentinel://host:port,host:port/name"
+    " or redis+cluster://host:port,host:port",
+    _limits_url,
+)
 BIND = Kind(_ADDRESS, _bind)
 BIND_OR_OFF = Kind(f"{_ADDRESS}; empty turns it off", _bind_or_off)
 NETWORKS = Kind("addresses or networks (10.0.0.0/8), separated by commas", _networks)

@@ -13,11 +13,16 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from relay import errors
 from relay.observe import log
 from relay.observe.metrics import metrics
+from relay.shared.nodes import behind
+
+if TYPE_CHECKING:
+    from redis import Redis
+    from redis.client import Pipeline
 
 #: Seconds for a connection and for an answer. A Redis nearby answers within a millisecond.
 _WAIT = 0.25
@@ -32,7 +37,7 @@ _PAUSE = 2.0
 _LEASE_MS = 10_000
 #: Seconds between two renewals: two of them may fail before a lease runs out.
 _RENEW = 3.0
-#: Leases in one command: Redis serves nobody else meanwhile, and neither does the worker that puts it together.
+#: Leases that are sent at once: the worker that puts them together serves nobody else meanwhile.
 _AT_A_TIME = 200
 #: Seconds after which a client that has no stream free is looked at once more. Leases are given back behind the
 #: response, so one that ends a stream and asks for the next may be faster.
@@ -48,15 +53,9 @@ redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[3])
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 return 1
 """
-_RENEW_ALL = f"""{_NOW}
-for i = 1, #KEYS do
-    redis.call('ZADD', KEYS[i], now + ARGV[1], ARGV[i + 1])
-    redis.call('PEXPIRE', KEYS[i], ARGV[1])
-end
-return 1
-"""
-_GIVE_BACK = """
-for i = 1, #KEYS do redis.call('ZREM', KEYS[i], ARGV[i]) end
+_KEEP = f"""{_NOW}
+for i = 2, #ARGV do redis.call('ZADD', KEYS[1], now + ARGV[1], ARGV[i]) end
+redis.call('PEXPIRE', KEYS[1], ARGV[1])
 return 1
 """
 
@@ -69,18 +68,11 @@ class Store:
     def __init__(self, url: str) -> None:
         """Raises ValueError or TypeError for a URL that redis-py does not understand."""
         import redis
-        from redis.backoff import NoBackoff
-        from redis.retry import Retry
+        from redis.exceptions import RedisClusterException
 
-        self.pool = redis.ConnectionPool.from_url(
-            url.replace("redis+unix://", "unix://"),
-            socket_timeout=_WAIT,
-            socket_connect_timeout=_WAIT,
-            retry=Retry(NoBackoff(), 0),  # its default tries for seconds
-        )
-        self.pool.connection_class(**self.pool.connection_kwargs)  # not connected; refuses options that it has not
-        self.client = redis.Redis(connection_pool=self.pool)
-        self._failures = (redis.RedisError, OSError)
+        #: The client for a key, and `drop` for all of them.
+        self.nodes = behind(url, _WAIT)
+        self._failures = (redis.RedisError, RedisClusterException, OSError)
         # Not the pool bounds the connections: its error for "all are busy" is the one for "there is no Redis".
         self._turns = threading.BoundedSemaphore(_AT_ONCE)
         self._away = False
@@ -131,7 +123,7 @@ class Store:
     def _failed(self, error: Exception) -> None:
         # A master that has become a replica, or is loading, keeps its connections and refuses every question. New ones
         # look the name up anew.
-        self.pool.disconnect(inuse_connections=False)
+        self.nodes.drop()
         self._ask_at = time.monotonic() + _PAUSE
         if not self._away:
             self._workers = _workers()
@@ -140,7 +132,8 @@ class Store:
                 "limits_away",
                 message="RELAY_LIMITS_URL does not answer: this worker counts by itself, for its share of each limit",
                 workers=self._workers,
-                error=f"{type(error).__name__}: {error}"[:200],
+                # What redis-py says of Sentinels in brackets is how it connects to them.
+                error=f"{type(error).__name__}: {error}".partition(" : <")[0][:200],
             )
 
 
@@ -169,9 +162,6 @@ class Leases:
         self._store = store
         self._prefix = f"relay:streams:{name}:"
         self._most = most
-        self._take = store.client.register_script(_TAKE)
-        self._renew_all = store.client.register_script(_RENEW_ALL)
-        self._give_back = store.client.register_script(_GIVE_BACK)
         self._worker = os.urandom(8).hex()
         self._numbers = itertools.count()
         self._held: dict[str, str] = {}  # each lease's name, and the set that it is in
@@ -189,7 +179,8 @@ class Leases:
         lease, key = f"{self._worker}:{next(self._numbers)}", self._prefix + client
 
         def taken() -> int:
-            return int(self._take([key], [self._most, _LEASE_MS, lease]))
+            answer: Any = self._store.nodes.client(key).eval(_TAKE, 1, key, self._most, _LEASE_MS, lease)
+            return int(answer)
 
         answer = self._store.ask(taken)
         if answer == 0:
@@ -242,15 +233,31 @@ class Leases:
     def _send_back(self) -> None:
         while self._over:
             pairs = [self._over.popleft() for _ in range(min(len(self._over), _AT_A_TIME))]
-            keys, leases = [key for key, _ in pairs], [lease for _, lease in pairs]
-            # What does not arrive runs out by itself.
-            self._store.ask_now(lambda keys=keys, leases=leases: self._give_back(keys, leases))  # type: ignore[misc]
+            self._send(pairs, lambda pipe, key, leases: pipe.zrem(key, *leases))  # one that is lost runs out by itself
 
     def _renew(self) -> None:
-        held = list(self._held.items())
+        held = [(key, lease) for lease, key in list(self._held.items())]
         for start in range(0, len(held), _AT_A_TIME):
-            part = held[start : start + _AT_A_TIME]
-            keys, leases = [key for _, key in part], [lease for lease, _ in part]
-            self._store.ask_now(
-                lambda keys=keys, leases=leases: self._renew_all(keys, [_LEASE_MS, *leases])  # type: ignore[misc]
+            self._send(
+                held[start : start + _AT_A_TIME],
+                lambda pipe, key, leases: pipe.eval(_KEEP, 1, key, _LEASE_MS, *leases),
             )
+
+    def _send(self, pairs: list[tuple[str, str]], command: Callable[[Pipeline, str, list[str]], object]) -> None:
+        """Send a command for each key among `pairs` of key and lease: a cluster has no commands for several keys."""
+        sets: dict[str, list[str]] = {}
+        for key, lease in pairs:
+            sets.setdefault(key, []).append(lease)
+
+        def sent() -> bool:
+            pipes: dict[Redis, Pipeline] = {}
+            for key, leases in sets.items():
+                client = self._store.nodes.client(key)
+                if client not in pipes:
+                    pipes[client] = client.pipeline(transaction=False)
+                command(pipes[client], key, leases)
+            for pipe in pipes.values():
+                pipe.execute()
+            return True
+
+        self._store.ask_now(sent)
