@@ -412,6 +412,25 @@ def test_a_planned_switch_to_a_replica_is_followed_within_seconds(upstream: Upst
             stream.close()
 
 
+def test_a_name_that_moves_is_followed_although_its_old_server_still_answers(
+    upstream: Upstream, tmp_path: Path
+) -> None:
+    (tmp_path / "address").write_text("127.0.0.1")
+    (tmp_path / "moving.py").write_text(MOVING.format(file=str(tmp_path / "address")))
+    client = address()
+    with redis_server() as old, redis_server("127.0.0.2", old.port) as new:
+        env = settings(upstream, old, rate_limit="9000/hour") | {"PYTHONPATH": str(tmp_path)}
+        env["RELAY_LIMITS_URL"] = f"redis://redis.test:{old.port}/0"
+        with servers.gunicorn(env, "moving:app") as relay:
+            get(relay, client)
+            assert (len(names_in(old)), names_in(new)) == (1, [])
+            (tmp_path / "address").write_text("127.0.0.2")
+            began = time.monotonic()
+            eventually(lambda: bool(get(relay, client)) and names_in(new) != [], "counted there", every=0.1)
+            assert time.monotonic() - began < 5
+            assert metric(relay, "relay_limits_errors_total") == 0, "and nothing was lost on the way"
+
+
 def test_a_redis_that_is_loading_is_asked_again(upstream: Upstream) -> None:
     import redis as library
     from redis.backoff import NoBackoff

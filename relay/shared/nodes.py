@@ -5,7 +5,10 @@ Connects when it is first asked. What is counted there, and what happens without
 
 from __future__ import annotations
 
+import ipaddress
+import socket
 import threading
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
     from redis import Redis
     from redis.cluster import RedisCluster
 
+#: Seconds between two looks at a server's name.
+_LOOK = 2.0
 #: Clusters that are no longer asked, kept until the questions to them are over: redis-py closes the connections of one
 #: that nobody holds, in the middle of an answer.
 _LAST = 4
@@ -51,7 +56,8 @@ def behind(url: str, wait: float) -> Nodes:
         options.pop("max_connections", None)  # it is asked by so many at a time as its caller lets
         pool = redis.ConnectionPool(**options)
         pool.connection_class(**pool.connection_kwargs)  # not connected; refuses options that it has not
-        return _One(redis.Redis(connection_pool=pool))
+        host = options.get("host", "")
+        return _One(redis.Redis(connection_pool=pool), "" if _is_address(host) else host)
 
     hosts, (name, _, database) = limits_hosts(url), parts.path.strip("/").partition("/")
     user = parts.netloc.rpartition("@")[0]
@@ -74,14 +80,46 @@ def behind(url: str, wait: float) -> Nodes:
     return _One(asked.master_for(name, **options, retry=once))
 
 
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 class _One:
     """One server. Its name, or the Sentinels, are asked for its address at each new connection."""
 
-    def __init__(self, client: Redis) -> None:
+    def __init__(self, client: Redis, name: str = "") -> None:
+        """`name`: looked up now and then, in a thread, in case it has moved while its old server still answers."""
         self._client = client
+        self._name = name
+        self._addresses: set[str] = set()
+        self._looking = False
+        self._look_at = 0.0
+        self._drops = 0
 
     def client(self, key: str) -> Redis:
+        if self._name and not self._looking and time.monotonic() >= self._look_at:
+            self._looking = True
+            threading.Thread(target=self._look, name="relay-limits-name", daemon=True).start()
         return self._client
+
+    def _look(self) -> None:
+        try:
+            found = {str(address[4][0]) for address in socket.getaddrinfo(self._name, None)}
+            if self._addresses and found != self._addresses:
+                self._drops = 2  # now, and again when those that are in use now have come back
+            self._addresses = found
+            if self._drops:
+                self._drops -= 1
+                self.drop()
+        except OSError:  # no look-up is no news
+            pass
+        finally:
+            self._look_at = time.monotonic() + _LOOK
+            self._looking = False
 
     def drop(self) -> None:
         self._client.connection_pool.disconnect(inuse_connections=False)
