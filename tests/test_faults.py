@@ -2,15 +2,70 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from typing import TYPE_CHECKING
 
 import pytest
 from harness import REPO, servers
-from harness.client import request
+from harness.client import Connection, NoResponse, request
 from harness.upstream import Upstream
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 EVENTS = [("Content-Type", "text/event-stream")]
 BODY = b"data: 1\n\n"
+
+
+ID = ("X-Request-ID", "of-this-one")
+WORKERS = pytest.mark.parametrize("worker", [("gthread", "--threads", "8"), ("gevent",)], ids=["threads", "gevent"])
+
+
+@contextlib.contextmanager
+def faulty(place: str, worker: tuple[str, ...], upstream: Upstream) -> Iterator[servers.Gunicorn]:
+    env = {"UPSTREAM": upstream.base_url, "FAULT": place, "PYTHONPATH": str(REPO / "tests" / "shops")}
+    with servers.gunicorn(env, "faulty:app", config=None, args=["-k", *worker], ready=None) as shop:
+        shop.tracebacks_expected = True
+        yield shop
+        shop.wait_log("nobody has foreseen this")
+
+
+@WORKERS
+@pytest.mark.parametrize("place", ["text", "text-head"])
+def test_a_fault_in_a_text_view_is_told_and_billed_as_one(place: str, worker: tuple[str, ...]) -> None:
+    chat = b'data: {"choices":[{"index":0,"delta":{"content":"Hi"}}]}\n\n'
+    with Upstream(lambda ex: ex.reply(chat, headers=EVENTS)) as upstream, faulty(place, worker, upstream) as shop:
+        with Connection(shop.port) as connection:
+            headers = [ID, ("Content-Type", "application/json")]
+            connection.send("POST", "/ai/_relay/chat/stream", headers, b'{"prompt": "Hello"}')
+            if place == "text":
+                body = connection.read_head().finish()
+                assert body.ended == "cut"
+                told = json.loads(body.data.partition(b"event: error\ndata: ")[2])
+                assert (told["error"]["code"], told["error"]["request_id"]) == ("relay_error", "of-this-one")
+            else:  # there is no head to tell it with
+                with pytest.raises(NoResponse):
+                    connection.read_head()
+        shop.wait_log("billed of-this-one relay_error")
+
+
+@WORKERS
+def test_a_fault_in_the_doctors_ticks_is_a_cut(worker: tuple[str, ...]) -> None:
+    with Upstream() as upstream, faulty("tick", worker, upstream) as shop:
+        with Connection(shop.port) as connection:
+            connection.send("GET", "/ai/_relay/ticks?n=2")
+            with pytest.raises(NoResponse):
+                connection.read_head()
+        shop.wait_log("making the doctor's ticks")
+
+
+@WORKERS
+def test_an_app_whose_own_code_fails_at_the_end_is_told_of_the_stream_nevertheless(worker: tuple[str, ...]) -> None:
+    with Upstream(lambda ex: ex.reply(BODY, headers=EVENTS)) as upstream, faulty("closed", worker, upstream) as shop:
+        body = request(shop.port, "POST", "/ai/x", [ID], b"{}").finish()
+        assert (body.data, body.ended) == (BODY, "clean")
+        shop.wait_log("billed of-this-one done")
 
 
 @pytest.mark.parametrize("place", ["head", "body", "observe", "answered", "ended"])

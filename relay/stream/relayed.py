@@ -636,7 +636,10 @@ class Stream:
         self._end(reason)
         self._waiter.close()
         drain.open.discard(self)
-        self._closed()
+        try:
+            self._closed()
+        except Exception as error:  # noqa: BLE001 - the app's own code, after which the stream is billed nevertheless
+            log.fault(error, "closing a response", self.record.request_id)
         self._watch.finished(self.record)
 
     def __del__(self) -> None:

@@ -19,9 +19,10 @@ import threading
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from relay import errors
+from relay.observe import log
 from relay.stream import waiting
 from relay.stream.drain import drain
 from relay.stream.waiting import GONE, client_socket
@@ -176,7 +177,13 @@ class Ticks:
 
     def __next__(self) -> bytes:
         self._gave = -1.0
-        data = next(self._events)
+        try:
+            data = next(self._events)
+        except (StopIteration, errors.StreamCut):
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must not reach the server (relay.stream.relayed)
+            log.fault(error, "making the doctor's ticks", self._run)
+            self._cut()
         self._gave = time.monotonic()
         return data
 
@@ -217,7 +224,7 @@ class Ticks:
             if self._waiter.wait(min(at, drain.at)) is GONE:
                 raise errors.StreamCut
 
-    def _cut(self) -> None:
+    def _cut(self) -> NoReturn:
         """End the connection so that nobody takes the body for whole, as a relayed stream does."""
         if self._client is not None:
             self._waiter.close()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from relay import errors
 from relay.llm.answer import failure_in_body
+from relay.observe import log
 from relay.stream.drain import drain
 from relay.textview.events import TextEvents, event, json_event
 from relay.wire import sse
@@ -94,9 +95,25 @@ class TextView:
         if self._spoke:
             self._spoke = False
             self._beat_at = monotonic() + (self._settings.heartbeat or _NEVER)
-        data = self._then(self)
+        try:
+            data = self._then(self)
+        except (StopIteration, errors.StreamCut):
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must not reach the server (relay.stream.relayed)
+            log.fault(error, "making text of a stream", self._stream.record.request_id)
+            data = self._tell_fault()
         self._spoke = True
         return data
+
+    def _tell_fault(self) -> bytes:
+        """Have a fault of the relay's own told, if its head can be made, and cut."""
+        fault = errors.Fault("the relay has met a fault of its own; its log says which")
+        self._stream.finish(fault)
+        try:
+            return (self._failed(fault) or b"") + self._say()
+        except Exception as error:  # noqa: BLE001
+            log.fault(error, "telling of a fault", self._stream.record.request_id)
+            raise errors.StreamCut from None
 
     # While the answer goes on.
 
@@ -196,10 +213,10 @@ class TextView:
 
     def _begin(self, error: errors.RelayError | None = None) -> bytes:
         """Send the head, of this error or of a stream, and what stands before all text."""
-        self._begun = True
         self._begin_at = _NEVER
         status, headers = self._head.of_text(error)
         self._start_response(status, self._complete(headers))
+        self._begun = True
         if self._presence is not None:
             return event("stream_id", self._presence.id)
         if self._event_source:

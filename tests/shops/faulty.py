@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from typing import Any, NoReturn
 
-from flask import Flask
+from flask import Flask, Response
 
 from relay import Relay
 from relay.stream.relayed import Stream
+from relay.stream.ticks import Ticks
+from relay.textview.events import TextEvents
+from relay.textview.head import Head
 from relay.upstream.exchange import Exchange
 from relay.web.mount import Mount
 
@@ -18,6 +21,10 @@ _PLACES: dict[str, tuple[type, str]] = {
     "observe": (Stream, "_observe"),
     "answered": (Mount, "answered"),
     "ended": (Mount, "ended"),
+    "text": (TextEvents, "feed"),
+    "text-head": (Head, "of_text"),
+    "tick": (Ticks, "_event"),
+    "closed": (object, ""),
 }
 
 
@@ -25,6 +32,19 @@ def _fault(*_: Any) -> NoReturn:
     raise KeyError("nobody has foreseen this")
 
 
-setattr(*_PLACES[os.environ["FAULT"]], _fault)
+place = os.environ["FAULT"]
 app = Flask(__name__)
-Relay(app, url_prefix="/ai", settings={"RELAY_UPSTREAM_URL": os.environ["UPSTREAM"]})
+if place == "closed":
+
+    @app.after_request
+    def at_the_end(response: Response) -> Response:
+        response.call_on_close(_fault)
+        return response
+else:
+    setattr(*_PLACES[place], _fault)
+Relay(
+    app,
+    url_prefix="/ai",
+    settings={"RELAY_UPSTREAM_URL": os.environ["UPSTREAM"]},
+    on_end=lambda record: print(f"billed {record.request_id} {record.reason}", flush=True),
+)
