@@ -420,7 +420,7 @@ def test_a_name_that_moves_is_followed_although_its_old_server_still_answers(
     client = address()
     with redis_server() as old, redis_server("127.0.0.2", old.port) as new:
         env = settings(upstream, old, rate_limit="9000/hour") | {"PYTHONPATH": str(tmp_path)}
-        env["RELAY_LIMITS_URL"] = f"redis://redis.test:{old.port}/0"
+        env["RELAY_LIMITS_URL"] = f"redis://redis.test:{old.port}/0?socket_timeout=20&socket_connect_timeout=20"
         with servers.gunicorn(env, "moving:app") as relay:
             get(relay, client)
             assert (len(names_in(old)), names_in(new)) == (1, [])

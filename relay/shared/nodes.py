@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
@@ -54,10 +55,14 @@ def behind(url: str, wait: float) -> Nodes:
     if kind in ("", "unix"):
         options = {**waits, "retry": once, **parse_url(url.replace("redis+unix://", "unix://"))}
         options.pop("max_connections", None)  # it is asked by so many at a time as its caller lets
-        pool = redis.ConnectionPool(**options)
+
+        def made() -> Redis:
+            return redis.Redis(connection_pool=redis.ConnectionPool(**options))
+
+        pool = made().connection_pool
         pool.connection_class(**pool.connection_kwargs)  # not connected; refuses options that it has not
         host = options.get("host", "")
-        return _One(redis.Redis(connection_pool=pool), "" if _is_address(host) else host)
+        return _One(made, "" if _is_address(host) else host)
 
     hosts, (name, _, database) = limits_hosts(url), parts.path.strip("/").partition("/")
     user = parts.netloc.rpartition("@")[0]
@@ -77,7 +82,7 @@ def behind(url: str, wait: float) -> Nodes:
         hosts,
         sentinel_kwargs={"socket_timeout": part, "socket_connect_timeout": part, "retry": once, **own, **tls},
     )
-    return _One(asked.master_for(name, **options, retry=once))
+    return _One(lambda: asked.master_for(name, **options, retry=once))
 
 
 def _is_address(host: str) -> bool:
@@ -91,14 +96,14 @@ def _is_address(host: str) -> bool:
 class _One:
     """One server. Its name, or the Sentinels, are asked for its address at each new connection."""
 
-    def __init__(self, client: Redis, name: str = "") -> None:
+    def __init__(self, make: Callable[[], Redis], name: str = "") -> None:
         """`name`: looked up now and then, in a thread, in case it has moved while its old server still answers."""
-        self._client = client
+        self._make = make
+        self._client = make()
         self._name = name
         self._addresses: set[str] = set()
         self._looking = False
         self._look_at = 0.0
-        self._drops = 0
 
     def client(self, key: str) -> Redis:
         if self._name and not self._looking and time.monotonic() >= self._look_at:
@@ -110,11 +115,10 @@ class _One:
         try:
             found = {str(address[4][0]) for address in socket.getaddrinfo(self._name, None)}
             if self._addresses and found != self._addresses:
-                self._drops = 2  # now, and again when those that are in use now have come back
-            self._addresses = found
-            if self._drops:
-                self._drops -= 1
+                # With other connections: those that are in use now would come back to the pool.
                 self.drop()
+                self._client = self._make()
+            self._addresses = found
         except OSError:  # no look-up is no news
             pass
         finally:
