@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import socket
 import ssl
+from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from flask import Flask
 from harness import servers
-from harness.client import Connection
+from harness.client import Connection, request
 from harness.upstream import Upstream
 from werkzeug.test import create_environ
 
 from relay import Relay
+from relay.settings import Settings
 from relay.web import server
+from relay.web.mount import Mount
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,7 +49,7 @@ def upstream() -> Iterator[Upstream]:
     ("arguments", "said"),
     [
         pytest.param(["-k", "sync"], ["one request at a time", "--timeout", "-k gevent"], id="sync"),
-        pytest.param(["-k", "gthread", "--threads", "4"], ["8 streams at a time", "RELAY_MAX_STREAMS"], id="gthread"),
+        pytest.param(["-k", "gthread", "--threads", "4"], ["8 streams at a time", "RELAY_THREADS"], id="gthread"),
         pytest.param(["-k", "gevent"], [], id="gevent"),
         pytest.param(["-k", "gevent_pywsgi"], ["clients' sockets", "RELAY_HEARTBEAT", "look whole"], id="pywsgi"),
     ],
@@ -81,6 +86,45 @@ def test_a_plain_call_without_a_socket(
 
 def tls() -> ssl.SSLSocket:
     return ssl.create_default_context().wrap_socket(socket.socket(), server_hostname="127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("most", "threads", "says"), [(0, 4, False), (3, 4, False), (4, 4, True), (900, 4, True), (900, None, False)]
+)
+def test_streams_that_leave_no_thread(most: int, threads: int | None, says: bool) -> None:
+    with socket.socket() as client:
+        said = server.missing({"wsgi.multithread": True}, client, streams=None, most=most, threads=threads)
+    assert len(said) == says
+    assert not says or "no thread is left" in said[0]
+
+
+@pytest.mark.parametrize(("threads", "streams"), [(1, 1), (2, 1), (3, 2), (4, 3), (8, 6), (32, 24)])
+def test_a_quarter_of_the_threads_is_left_to_the_app(threads: int, streams: int) -> None:
+    relay = {"RELAY_UPSTREAM_URL": "http://127.0.0.1:1/v1", "RELAY_THREADS": str(threads)}
+    assert Mount("relay", Settings.from_mapping(relay)).admission.maximum == streams
+
+
+def test_pages_are_served_beside_all_the_streams_that_there_may_be(tmp_path: Path) -> None:
+    (tmp_path / "counted.py").write_text(
+        "import os\nfrom flask import Flask\nfrom relay import Relay\n\napp = Flask('app')\n"
+        "Relay(app, url_prefix='/ai', settings={'RELAY_UPSTREAM_URL': os.environ['UPSTREAM'], 'RELAY_THREADS': 4})\n"
+    )
+    with Upstream() as upstream:
+        path = upstream.by_hand()
+        env = {"UPSTREAM": upstream.base_url, "PYTHONPATH": str(tmp_path)}
+        args = ["-k", "gthread", "--threads", "4"]
+        with servers.gunicorn(env, "counted:app", config=None, args=args, ready=None) as shop, ExitStack() as stack:
+            for _ in range(3):
+                connection = stack.enter_context(Connection(shop.port))
+                connection.send("POST", "/ai" + path, [], b"{}")
+                ex = upstream.next(path)
+                ex.head(headers=[("Content-Type", "text/event-stream")])
+                ex.send(b"data: 1\n\n")
+                connection.read_head().read_until(b"data: 1\n\n")
+            full = request(shop.port, "POST", "/ai" + path, [("Connection", "close")], b"{}")
+            assert (full.status, json.loads(full.finish().data)["error"]["code"]) == (503, "full")
+            assert request(shop.port, "GET", "/a-page", [("Connection", "close")]).status == 404  # the app's own
+            assert "RELAY_THREADS" not in shop.log()
 
 
 @pytest.mark.parametrize(

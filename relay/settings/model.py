@@ -85,6 +85,7 @@ class Settings:
     hold: float  # 0 is until the first-byte timeout
     no_retry_status: int | None  # None: each failure has its own
     max_streams: int | None  # None is not set: the worker's kind decides
+    threads: int | None  # None is not set
     queue: float
     max_streams_per_client: int  # 0 is off
     rate_limit: str | None

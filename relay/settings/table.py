@@ -234,7 +234,14 @@ _LIMITS = (
         "RELAY_MAX_STREAMS",
         count(1, 100_000, unset=True),
         "900",
-        "open streams per worker, more get 503; unset under plain threads: 8",
+        "open streams per worker, more get 503; unset under plain threads: 8, or three of four RELAY_THREADS",
+        none_if_unset=True,
+    ),
+    Setting(
+        "RELAY_THREADS",
+        count(1, 100_000, unset=True),
+        "",
+        "under plain threads: how many each of the server's processes has; not all of them become streams",
         none_if_unset=True,
     ),
     Setting(

@@ -112,7 +112,7 @@ class Mount:
         settings = self.settings
         wanted = settings.max_streams
         if wanted is None:
-            wanted = _DEFAULT_STREAMS if waiting.cooperative() else _DEFAULT_STREAMS_IN_THREADS
+            wanted = _DEFAULT_STREAMS if waiting.cooperative() else _streams_in_threads(settings.threads)
         most = settings.max_streams_per_client
         shared = Leases(self._store, self.name, most) if self._store is not None and most else None
         return Admission(min(wanted, streams_that_files_allow()), most, shared)
@@ -120,7 +120,15 @@ class Mount:
     def look_at_server(self, environ: Mapping[str, Any], client: Any) -> None:
         """At the first stream: say what the server cannot guarantee. `client`: its socket, or None."""
         self.knows_server = True
-        server.warn(environ, client, streams=self.admission.maximum if self.settings.max_streams is None else None)
+        settings = self.settings
+        guessed = settings.max_streams is None and settings.threads is None
+        server.warn(
+            environ,
+            client,
+            streams=self.admission.maximum if guessed else None,
+            most=settings.max_streams or 0,
+            threads=settings.threads,
+        )
 
     def beside(self, app: Flask) -> bool:
         """Whether the app has rules of its own that may know paths below the mount."""
@@ -167,6 +175,11 @@ class Mount:
                 self._on_end(record)
             except Exception:  # noqa: BLE001 - the shop's own code; it harms nothing but the log
                 log.app_fault("on_end failed for request %s", record.request_id)
+
+
+def _streams_in_threads(threads: int | None) -> int:
+    """The streams that a relay takes of so many threads: the app's pages need some, too."""
+    return _DEFAULT_STREAMS_IN_THREADS if threads is None else max(threads - max(threads // 4, 1), 1)
 
 
 def _store(url: str) -> Store:

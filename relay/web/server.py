@@ -12,22 +12,34 @@ from relay.stream.waiting.client_socket import watchable
 _told: set[str] = set()  # by this process, whose server is the same for all its relays
 
 
-def warn(environ: Mapping[str, Any], client: Any, *, streams: int | None) -> None:
+def warn(
+    environ: Mapping[str, Any], client: Any, *, streams: int | None, most: int = 0, threads: int | None = None
+) -> None:
     """Log what is missing here, each of it once per process.
 
-    `client`: the client's socket, or None. `streams`: how many a relay allows at a time where nobody has set it.
+    `client`: the client's socket, or None. `streams`: how many a relay allows at a time where nobody has set anything.
+    `most` and `threads`: RELAY_MAX_STREAMS (0: unset) and RELAY_THREADS.
     """
-    for sentence in missing(environ, client, streams=streams):
+    for sentence in missing(environ, client, streams=streams, most=most, threads=threads):
         if sentence not in _told:
             _told.add(sentence)
             log.logger.warning("%s", sentence)
 
 
-def missing(environ: Mapping[str, Any], client: Any, *, streams: int | None) -> list[str]:
+def missing(
+    environ: Mapping[str, Any], client: Any, *, streams: int | None, most: int = 0, threads: int | None = None
+) -> list[str]:
     """What this server lacks, by the environ of a request to it (PEP 3333)."""
     software = _software(environ)
-    threads = None if waiting.cooperative() else _of_threads(environ, software, streams)
-    lacks = [threads] if threads is not None else []
+    lacks = []
+    if not waiting.cooperative():
+        if (of_threads := _of_threads(environ, software, streams)) is not None:
+            lacks.append(of_threads)
+        elif threads is not None and most >= threads:
+            lacks.append(
+                f"RELAY_MAX_STREAMS is {most} and RELAY_THREADS {threads}: with so many open streams no thread is left "
+                "for the rest of the app. Set RELAY_MAX_STREAMS below it, or leave it unset."
+            )
     if client is None and environ.get("HTTP_VERSION") != "2":
         lacks.append(
             f"The server ({software}) does not show the relay its clients' sockets: a client that leaves is noticed "
@@ -55,8 +67,8 @@ def _of_threads(environ: Mapping[str, Any], software: str, streams: int | None) 
         return None
     return (
         f"The relay serves {streams} streams at a time: on this server ({software}) each takes a thread, and the rest "
-        "of the app needs some too. Set RELAY_MAX_STREAMS below the number of the server's threads (gunicorn's and "
-        "waitress's --threads), or use gevent workers."
+        "of the app needs some too. Set RELAY_THREADS to the number of the server's threads (gunicorn's and "
+        "waitress's --threads) and a quarter of them is left to it; or use gevent workers."
     )
 
 
