@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from harness import eventually, servers
+from harness import eventually, llm, servers
 from harness.js import Place, Tab, Thrown, node, pages, run
-from harness.upstream import Upstream
+from harness.upstream import PeerGone, Upstream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -370,6 +372,90 @@ def test_after_the_end_marker_nothing_counts_and_the_connection_is_closed(shop: 
     ex.send(b"data: a\n\n" + DONE + b"data: late\n\n")
     assert job.result() == ["a", "[DONE]"]
     ex.wait_gone()
+
+
+def said(text: str = "Hi", finish: str | None = None, index: int = 0) -> bytes:
+    """A chunk of OpenAI's chat."""
+    choice = {"index": index, "delta": {"content": text}, "finish_reason": finish}
+    return llm.event(llm.as_json({"choices": [choice]}))
+
+
+ANTHROPIC = (
+    b'event: content_block_delta\ndata: {"type":"content_block_delta","delta":{"type":"text_delta","text":"Hi"}}\n\n'
+    b'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":"end_turn"}}\n\n'
+)
+
+
+def endless(ex: Exchange) -> None:
+    while not ex.gone:
+        ex.send(b": ping\n\n")
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("whole", "then", "marker"),
+    [
+        pytest.param(said(finish="stop"), "nothing", '"[DONE]"', id="openai-nothing"),
+        pytest.param(said(finish="stop"), "pings", "client.endsChat", id="openai-pings"),
+        pytest.param(said(finish="stop"), "a clean end", '"[DONE]"', id="openai-a-clean-end"),
+        pytest.param(ANTHROPIC, "nothing", "client.endsChat", id="anthropic-nothing"),
+        pytest.param(ANTHROPIC, "a clean end", "client.endsChat", id="anthropic-a-clean-end"),
+    ],
+)
+def test_an_answer_that_has_said_why_it_stopped_is_whole(shop: Shop, whole: bytes, then: str, marker: str) -> None:
+    path = shop.upstream.by_hand()
+    job = shop.start(
+        f"""
+        const kept = [];
+        const options = {{endMarker: {marker}, body: {{}}, stallTimeout: 0, onText: (text) => kept.push(text)}};
+        await client.stream(url, options);
+        return kept;
+        """,
+        path,
+    )
+    ex = shop.upstream.next(path)
+    ex.head(headers=EVENTS)
+    ex.send(whole)
+    if then == "pings":
+        with contextlib.suppress(PeerGone):
+            endless(ex)
+    elif then == "a clean end":
+        ex.end()
+    assert job.result() == ["Hi"]
+    if then != "a clean end":  # after which the relay keeps the connection
+        ex.wait_gone()
+
+
+def test_its_usage_and_its_end_mark_have_time_to_come(shop: Shop) -> None:
+    path = shop.upstream.by_hand()
+    code = """
+    const kept = [];
+    for await (const {data} of client.stream(url, {body: {}, endMarker: "[DONE]"})) kept.push(data);
+    return kept;
+    """
+    job = shop.start(code, path)
+    ex = shop.upstream.next(path)
+    ex.head(headers=EVENTS)
+    ex.send(said(finish="stop"))
+    time.sleep(0.5)  # well within the two seconds
+    ex.send(b'data: {"choices":[],"usage":{}}\n\n')
+    ex.send(DONE)
+    assert job.result()[1:] == ['{"choices":[],"usage":{}}', "[DONE]"]
+
+
+@pytest.mark.parametrize(
+    ("marker", "pieces"),
+    [
+        pytest.param("client.endsChat", said(), id="no reason yet"),
+        pytest.param("client.endsChat", said(finish="stop") + said("Ho", index=1), id="another choice goes on"),
+        pytest.param('(m) => m.data === "[DONE]"', said(finish="stop"), id="a function of one's own"),
+        pytest.param('"end"', said(finish="stop"), id="another marker"),
+    ],
+)
+def test_an_answer_that_has_not_said_it_is_a_cut(shop: Shop, marker: str, pieces: bytes) -> None:
+    path = shop.upstream.serve(answers(pieces))
+    code = f"return client.stream(url, {{body: {{}}, endMarker: {marker}}}).then(() => null, (error) => error.code)"
+    assert shop.run(code, path) == "cut"
 
 
 @pytest.mark.parametrize("piece", [b"data: tw", b"data: two\n"], ids=["in-a-line", "after-a-line"])

@@ -185,6 +185,17 @@ def test_a_broken_answer_stays_marked_and_its_turn_is_not_sent_again(chat: Chat,
     eventually(lambda: chat.page.text_content("output") == "", "no error any more")
 
 
+def test_an_answer_that_has_said_why_it_stopped_is_whole_without_its_mark(chat: Chat) -> None:
+    """The upstream says so, and keeps the connection open."""
+    chat.send("Hi")
+    ex = chat.next()
+    choice = {"index": 0, "delta": {"content": "All of it"}, "finish_reason": "stop"}
+    ex.send(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
+    chat.shows(("user", "whole", "Hi"), ("assistant", "whole", "All of it"))
+    ex.wait_gone()
+    assert chat.page.evaluate("[chat.isStreaming, errors]") == [False, []]
+
+
 def test_a_message_stops_the_answer_before_it(chat: Chat) -> None:
     chat.send("One")
     first = chat.next()

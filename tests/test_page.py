@@ -227,6 +227,19 @@ def end_without_its_mark(exchange: Exchange) -> None:
     exchange.end()
 
 
+def test_an_answer_that_has_said_why_it_stopped_is_complete_without_its_mark(
+    trying: Trying, upstream: Upstream
+) -> None:
+    """The upstream keeps the connection open."""
+    exchange = begun(trying, upstream, "Hello?", "All of ")
+    exchange.send(
+        llm.event(llm.as_json({"choices": [{"index": 0, "delta": {"content": "it"}, "finish_reason": "stop"}]}))
+    )
+    trying.ends("complete")
+    assert trying.text == "All of it"
+    exchange.wait_gone()
+
+
 def report_an_error(exchange: Exchange) -> None:
     exchange.send(llm.event(llm.openai_error("<b>the model fell over</b>", "server_error", "server_error"), "error"))
     exchange.end()

@@ -47,7 +47,11 @@ export interface CommonOptions extends Callbacks {
   signal?: AbortSignal | undefined;
   /**
    * The data of the message that ends the stream, or a function that knows it. None: the answer's end is the end. For
-   * ChatStream `[DONE]` or Anthropic's `message_stop`, if none is named.
+   * ChatStream it is endsChat, if none is named.
+   *
+   * With `"[DONE]"` or endsChat an answer that has said why it stopped is whole: by the `finish_reason` of each choice
+   * that has begun, or by Anthropic's `stop_reason`. A clean end is its end then, and after 2 s without its end mark it
+   * is done all the same, and the connection is closed. With a function of your own only what it says counts.
    */
   endMarker?: string | ((message: Message) => boolean) | undefined;
   /** 0 for stream(), 5 for ChatStream. */
@@ -83,7 +87,7 @@ export function stream(url: string | URL, options?: StreamOptions): EventStream;
 export type StreamErrorCode =
   /** No answer came. */
   | "network"
-  /** The answer broke off, or ended without its end marker. */
+  /** The answer broke off, or ended without its end marker (or, in a chat, without saying why it stopped). */
   | "cut"
   /** Nothing came for `stallTimeout`. */
   | "stalled"
@@ -130,7 +134,10 @@ export class EventParser {
 /** `plain`: the data of a `message` is the text whatever it looks like, as from the relay's /chat/stream. */
 export function textOf(message: Pick<Message, "event" | "data">, options?: { plain?: boolean }): string;
 
-/** Whether a message ends a whole answer of /api/stream-chat: OpenAI's `[DONE]`, or Anthropic's `message_stop`. */
+/**
+ * Whether a message is the end mark of a whole answer: OpenAI's `[DONE]`, `response.completed` or `response.incomplete`,
+ * or Anthropic's `message_stop`.
+ */
 export function endsChat(message: Pick<Message, "event" | "data">): boolean;
 
 export interface ChatMessage {

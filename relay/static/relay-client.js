@@ -1,6 +1,7 @@
 /*
  * Reads event streams, in browsers and in Node 18 and newer. One ES module, no dependency, no build step; the types are
- * in relay-client.d.ts. It knows events, not what is in them: only textOf() and the error frames read their data.
+ * in relay-client.d.ts. It knows events, not what is in them: only textOf(), the error frames and the end of a chat read
+ * their data.
  *
  *   for await (const message of stream("/v1/chat/completions", {body: {…}, endMarker: "[DONE]"})) …
  *   const end = await stream(url, {onMessage});
@@ -13,6 +14,8 @@
  * - The end is a clean end of the answer or, with an endMarker, the message that it names (it is delivered, and is the
  *   last); a clean end without it is a "cut". A clean end is never a reason to ask again, unlike with EventSource; for
  *   a feed whose server closes now and then, say `endMarker: () => false` and a maxReconnectAttempts.
+ * - A chat's answer that has said why it stopped is whole. With `endMarker: "[DONE]"` or `endMarker: endsChat` it has 2 s
+ *   more for its usage and its end mark; then it is done without them, and the connection is closed.
  * - A failure is a StreamError: the iterator throws it after the last message, the promise rejects, onError gets it.
  *   Exactly one of onDone and onError is called. If nobody listens at all, it is an unhandled rejection.
  * - It asks again, after a growing random wait, only where that cannot make an answer twice: a GET (with
@@ -39,12 +42,14 @@ const MOST_WAITING = 8 * 1024 * 1024; // characters that wait for an iterator
 const MOST_ERROR = 64 * 1024; // bytes read of an error's body
 const MOST_EVENT = 64 * 1024 * 1024; // characters of one event, or of a line: pictures included
 const MOST_ID = 1024; // characters: a longer id makes a header that servers refuse
+const LAST_MARK = 2_000; // ms that an answer which has said why it stopped has for its end mark, and for its usage
 const LINGER = 250; // ms for the end of the body to come behind the end marker, so that its connection is used again
 const LONGEST_TIMER = 2 ** 31 - 1; // ms; setTimeout takes more for 0
 
 const NO_MORE = 204; // EventSource does not come back after it either
 const REFUSED = new Set([429, 503]); // nothing was begun
 const FAILED_FOR_NOW = new Set([429, 502, 503, 504]);
+const LAST_EVENTS = ["message_stop", "response.completed", "response.incomplete"]; // Anthropic's, and of responses
 const CUT_BY_RELAY = new Set(["drained", "idle_timeout", "upstream_cut"]); // codes of its error frames
 
 const now = () => performance.now();
@@ -193,6 +198,19 @@ function textIn(content) {
   return content.map((part) => (part?.type === "text" && typeof part.text === "string" ? part.text : "")).join("");
 }
 
+/** Knows from a chat's messages, one by one, whether it has said why it stopped: each choice of it that has begun. */
+function wholeChat() {
+  const choices = new Map(); // whether it has said so, by its index; APIs without choices have one
+  const note = (index, why) => choices.set(index, choices.get(index) || (typeof why === "string" && why !== ""));
+  return ({ data }) => {
+    const object = objectIn(data);
+    if (Array.isArray(object?.choices)) object.choices.forEach((each) => note(each?.index ?? 0, each?.finish_reason));
+    else if (object?.type === "message_delta") note(0, object.delta?.stop_reason);
+    else if (LAST_EVENTS.includes(object?.type)) note(0, object.type);
+    return choices.get(0) === true && [...choices.values()].every(Boolean);
+  };
+}
+
 /** What an error's JSON says: `{"error": {…}}`, `{"error": "…"}`, `{"response": {"error": {…}}}`, or the error itself. */
 function toldBy(text) {
   const object = objectIn(text);
@@ -317,6 +335,15 @@ function watchdog(limit, paused, stalled) {
   };
 }
 
+/** The next read, or within so many ms (Infinity: however long it takes) the end. */
+async function readWithin(reader, ms) {
+  if (ms === Infinity) return reader.read();
+  if (ms <= 0) return { done: true };
+  let timer;
+  const late = new Promise((resolve) => (timer = setTimeout(resolve, ms, { done: true })));
+  return Promise.race([reader.read(), late]).finally(() => clearTimeout(timer));
+}
+
 /** After the end marker: take the end of the body, which is on its way, and throw away what else comes. */
 async function linger(reader, connection) {
   const timer = setTimeout(() => connection.abort(), LINGER);
@@ -388,6 +415,7 @@ class EventStream {
   #requestId;
   #mayRepeat = true; // what the server said
   #broken = false; // an answer had begun and broke off
+  #whole = false; // a chat's answer has said why it stopped
 
   #queue = []; // messages that wait for the iterator
   #taken = 0; // of those, how many it has got
@@ -584,9 +612,10 @@ class EventStream {
     this.#response = null;
     this.#requestId = undefined;
     this.#mayRepeat = true;
+    this.#whole = false;
     let stalled = false;
     let lingers = false;
-    const paused = () => this.#room !== null;
+    const paused = () => this.#room !== null || this.#whole;
     const watch = watchdog(stallTimeout, paused, () => {
       stalled = true;
       connection.abort();
@@ -650,12 +679,14 @@ class EventStream {
     const { endMarker, errorFrames } = this.#options;
     const named = typeof endMarker !== "function";
     const isEnd = (message) => (named ? message.data === endMarker : this.#call("endMarker", message));
+    const isWhole = endMarker === "[DONE]" || endMarker === endsChat ? wholeChat() : () => false;
+    let until = Infinity; // when the answer is done without its end marker
     const { retry, lastEventId, comments } = this.#parser;
     this.#comments += comments;
     this.#parser = new EventParser(lastEventId);
     this.#parser.retry = retry;
     for (;;) {
-      const { done, value } = reader ? await reader.read() : { done: true };
+      const { done, value } = reader ? await readWithin(reader, until - now()) : { done: true };
       this.#abort.signal.throwIfAborted();
       if (done) break;
       watch.seen();
@@ -669,6 +700,8 @@ class EventStream {
         this.#abort.signal.throwIfAborted(); // by what it was delivered to
         ended = endMarker !== undefined && Boolean(isEnd(message));
         if (ended) break;
+        this.#whole = isWhole(message);
+        until = this.#whole ? Math.min(until, now() + LAST_MARK) : Infinity;
       }
       this.#call("onProgress", this.#progress());
       if (ended) return true;
@@ -682,7 +715,7 @@ class EventStream {
         watch.seen();
       }
     }
-    if (endMarker === undefined) return false;
+    if (endMarker === undefined || this.#whole) return false;
     throw new StreamError("The stream ended before its end marker", { code: "cut", requestId: this.#requestId });
   }
 
@@ -703,8 +736,8 @@ class EventStream {
   }
 }
 
-/** The end of a whole answer of /api/stream-chat, which is the upstream's own: OpenAI's, or Anthropic's. */
-export const endsChat = ({ event, data }) => data === "[DONE]" || event === "message_stop";
+/** The end mark of a whole answer, such as /api/stream-chat passes on from upstream: OpenAI's, or Anthropic's. */
+export const endsChat = ({ event, data }) => data === "[DONE]" || LAST_EVENTS.includes(event);
 
 /** Chats with the relay's POST /api/stream-chat, which builds the chat request. Options as for stream(), and `url`. */
 export class ChatStream {
