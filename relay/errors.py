@@ -51,18 +51,21 @@ class RelayError(Exception):
         self.__traceback__ = self.__context__ = None
         return self
 
-    def json(self, request_id: str, dialect: str = "") -> str:
+    def json(self, request_id: str, dialect: str = "", *, position: int = 0) -> str:
         """The body of the error, in the shape that OpenAI's and Anthropic's SDKs and the AI SDK read. One line.
 
-        `dialect`: what `dialect_of` said of the path, for APIs whose clients look elsewhere too.
+        `dialect`: what `dialect_of` said of the path, for APIs whose clients look elsewhere too. `position`: the number
+        of events before it in a stream.
         """
         if dialect == "ollama":
             return json.dumps({"error": self.message})
         error: dict[str, object] = {"message": self.message, "type": self.type, "code": self.code}
         told: dict[str, object] = {"type": "error", "error": error | {"request_id": request_id} | self.more()}
         if dialect == "responses":
-            # Without the `sequence_number` that they have upstream: with one Vercel's AI SDK asks again.
             told |= {"code": self.code, "message": self.message, "param": None}
+            # Vercel's AI SDK reads no error without it, but asks again for one that comes before any of the answer.
+            if position >= _BEFORE_AN_ANSWER:
+                told["sequence_number"] = position
         elif dialect == "cohere":
             told["message"] = self.message
         return json.dumps(told)
@@ -72,6 +75,8 @@ class RelayError(Exception):
         return {}
 
 
+#: Events of OpenAI's responses before the first of the answer itself: `response.created`, `response.in_progress`.
+_BEFORE_AN_ANSWER = 3
 #: The ends of paths whose APIs tell of errors otherwise than OpenAI's chat completions and Anthropic's messages.
 _DIALECTS = {
     "/responses": "responses",
