@@ -6,15 +6,20 @@ That nothing running logs a traceback is checked after every test (conftest).
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import re
 import socket
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from harness import DEADLINE, DeadlineExceeded, servers
 from harness.client import Client, Connection
 from harness.servers import free_port
+
+from relay.stream.late_answer import LateAnswer
+from relay.wire import http1
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -605,3 +610,26 @@ def test_a_client_that_sends_half_a_request_and_goes_is_nobodys_trouble(service:
             connection.raw(wire)
             connection.reset()
     assert service.client.request("GET", "/health/live").status == 200
+
+
+@pytest.mark.parametrize(
+    ("coded", "message"),
+    [
+        pytest.param(gzip.compress, "so and no further", id="gzip"),
+        pytest.param(zlib.compress, "so and no further", id="deflate"),
+        pytest.param(lambda body: gzip.compress(body)[:-12], "so and no further", id="cut"),
+        pytest.param(lambda _: gzip.compress(bytes(100_000_000)), "the upstream answered 429 Too Many", id="a bomb"),
+        pytest.param(lambda _: b"\x8b\x06\x80", "the upstream answered 429 Too Many", id="another coding"),
+    ],
+)
+def test_a_late_failure_is_read_though_the_upstream_has_compressed_it(
+    coded: Callable[[bytes], bytes], message: str
+) -> None:
+    body = b'{"error": {"message": "so and no further", "type": "a_type", "code": "a_code"}}' + b" " * 200
+    head = http1.parse_head(
+        b"HTTP/1.1 429 Too Many\r\nContent-Type: application/json\r\nContent-Encoding: gzip\r\n\r\n", "POST"
+    )
+    late = LateAnswer(head, 0.0)
+    late.feed(coded(body))
+    late.feed(b"")
+    assert late.error().message == message

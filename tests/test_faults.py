@@ -51,6 +51,15 @@ def test_a_fault_in_a_text_view_is_told_and_billed_as_one(place: str, worker: tu
 
 
 @WORKERS
+def test_a_header_of_the_apps_that_the_server_refuses_is_a_fault_and_told(worker: tuple[str, ...]) -> None:
+    with Upstream(lambda ex: ex.reply(BODY, headers=EVENTS)) as upstream, faulty("header", worker, upstream) as shop:
+        response = request(shop.port, "POST", "/ai/x", [ID], b"{}")
+        told = json.loads(response.finish().data)["error"]
+        assert (response.status, told["code"], told["request_id"]) == (500, "relay_error", "of-this-one")
+        shop.wait_log("billed of-this-one relay_error")
+
+
+@WORKERS
 def test_a_fault_in_the_doctors_ticks_is_a_cut(worker: tuple[str, ...]) -> None:
     with Upstream() as upstream, faulty("tick", worker, upstream) as shop:
         with Connection(shop.port) as connection:

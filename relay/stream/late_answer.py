@@ -6,6 +6,7 @@ import base64
 import codecs
 import email.utils
 import time
+import zlib
 from typing import TYPE_CHECKING
 
 from relay import errors
@@ -50,7 +51,7 @@ class LateAnswer:
     def error(self) -> errors.UpstreamSaid:
         """What the client is told: the upstream's own words, or its whole answer."""
         status, content_type = self.head.status, self.head.fields.get("content-type", "")
-        error = failure_in_body(self.body if self._plain else b"", status, content_type)
+        error = failure_in_body(self.body if self._plain else _inflated(self.body), status, content_type)
         if status < 400:
             error.answer = self._answer(content_type)
             if self.broken:
@@ -79,6 +80,15 @@ class LateAnswer:
         if not whole:
             told["truncated"] = True
         return told
+
+
+def _inflated(body: bytes) -> bytes:
+    """What stands in a body that an upstream has compressed although it was asked not to (gzip or deflate), no more of
+    it than is told; b"" for any other coding."""
+    try:
+        return zlib.decompressobj(wbits=zlib.MAX_WBITS | 32).decompress(body, _MOST)
+    except zlib.error:
+        return b""
 
 
 def _seconds(retry_after: str) -> int | None:

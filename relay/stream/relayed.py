@@ -8,6 +8,7 @@ nothing is read upstream while the server writes. The story from top to bottom: 
 from __future__ import annotations
 
 import os
+import sys
 import time
 import weakref
 from collections.abc import Callable
@@ -431,9 +432,9 @@ class Stream:
 
     def _start(self, status: int, reason: str, headers: Headers) -> None:
         headers = self._present(status, headers)  # which may refuse them
-        self.record.status = status
         self._chunked = not self._http10 and "Content-Length" not in dict(headers)
         self._start_response(f"{status} {reason}", headers)
+        self.record.status = status
 
     # The body: this runs for every piece.
 
@@ -564,7 +565,13 @@ class Stream:
         if not begun:
             self._step = Stream._stop
             headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), *error.headers()]
-            self._start(record.status, responses.get(record.status, "Failed"), headers + SANDBOX)
+            reason = responses.get(record.status, "Failed")
+            try:
+                self._start(record.status, reason, headers + SANDBOX)
+            except Exception as fault:  # noqa: BLE001 - such as a header of the app's that the server refuses
+                log.fault(fault, "answering", record.request_id)
+                headers.append(("X-Request-ID", record.request_id))
+                self._start_response(f"{record.status} {reason}", headers + SANDBOX, sys.exc_info())
             return body
         self._step = Stream._raise_cut if self._viewed else Stream.cut
         if tracker is not None and tracker.at_boundary:

@@ -25,6 +25,7 @@ _PLACES: dict[str, tuple[type, str]] = {
     "text-head": (Head, "of_text"),
     "tick": (Ticks, "_event"),
     "closed": (object, ""),
+    "header": (object, ""),
 }
 
 
@@ -34,7 +35,13 @@ def _fault(*_: Any) -> NoReturn:
 
 place = os.environ["FAULT"]
 app = Flask(__name__)
-if place == "closed":
+if place == "header":
+
+    @app.after_request
+    def with_a_name_that_is_none(response: Response) -> Response:
+        response.headers["nobody has foreseen this"] = "x"
+        return response
+elif place == "closed":
 
     @app.after_request
     def at_the_end(response: Response) -> Response:
