@@ -397,6 +397,10 @@ def test_a_planned_switch_to_a_replica_is_followed_within_seconds(upstream: Upst
             replica.config_set("replica-announce-ip", new.host)
             replica.replicaof(old.host, old.port)
             eventually(lambda: replica.info("replication")["master_link_status"] == "up", "they are in step")
+            # The master may know it a moment later.
+            eventually(
+                lambda: master.info("replication").get("slave0", {}).get("state") == "online", "and both know it"
+            )
             master.execute_command("FAILOVER", "TO", new.host, new.port)
             eventually(lambda: replica.info("replication")["role"] == "master", "the roles are changed")
             get(relay, fresh)

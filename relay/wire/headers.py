@@ -180,8 +180,8 @@ def check_field(name: str, value: str) -> None:
 
 
 def never_kept(name: str) -> bool:
-    """Whether no setting may let a client's header of this name pass: it is a credential, or belongs to the connection,
-    or makes another target or method of the request."""
+    """Whether RELAY_PASS_HEADERS may not name this header: it is a credential, or belongs to the connection, or makes
+    another target or method of the request."""
     lower = name.lower()
     fixed = OF_THE_CONNECTION | _REWRITTEN | CREDENTIALS | _TOKENS | _OTHER_TARGETS | _OF_THE_BROWSER | _NEVER_KEPT
     # Keys of API gateways pass as they are, and must not be taken for something that this setting opens.

@@ -55,7 +55,7 @@ def relay_request(mount: Mount, rest: str) -> Response:
     path, query = raw_target(environ, rest)
     query = call.identify(query)
     if method not in METHODS:
-        raise errors.MethodNotAllowed(f"the relay does not pass on {method}")
+        raise errors.MethodNotAllowed(f"the relay does not pass on {method[:32]}")
     fault = bad_target(path, query)
     if fault:
         raise errors.BadRequest(fault, code="bad_path")
