@@ -55,7 +55,7 @@ class RelayError(Exception):
         """The body of the error, in the shape that OpenAI's and Anthropic's SDKs and the AI SDK read. One line.
 
         `dialect`: what `dialect_of` said of the path, for APIs whose clients look elsewhere too. `position`: the number
-        of events before it in a stream.
+        of events before it in a stream in which text of the answer has passed; 0: none is sure to have.
         """
         if dialect == "ollama":
             return json.dumps({"error": self.message})
@@ -64,7 +64,7 @@ class RelayError(Exception):
         if dialect == "responses":
             told |= {"code": self.code, "message": self.message, "param": None}
             # Vercel's AI SDK reads no error without it, but asks again for one that comes before any of the answer.
-            if position >= _BEFORE_AN_ANSWER:
+            if position:
                 told["sequence_number"] = position
         elif dialect == "cohere":
             told["message"] = self.message
@@ -75,8 +75,6 @@ class RelayError(Exception):
         return {}
 
 
-#: Events of OpenAI's responses before the first of the answer itself: `response.created`, `response.in_progress`.
-_BEFORE_AN_ANSWER = 3
 #: The ends of paths whose APIs tell of errors otherwise than OpenAI's chat completions and Anthropic's messages.
 _DIALECTS = {
     "/responses": "responses",

@@ -142,6 +142,29 @@ def test_an_answer_that_breaks_off_is_an_error_with_the_relays_words(
     assert asked == 1, "it would be paid for twice"
 
 
+@pytest.mark.parametrize(
+    "before",
+    [
+        pytest.param([b": PROCESSING\n\n"] * 4, id="comments"),
+        pytest.param([*events("responses")[:1], *[b'data: {"type":"response.queued"}\n\n'] * 4], id="no text yet"),
+    ],
+)
+def test_a_cut_before_any_text_of_a_response_is_not_asked_again(
+    in_node: Node, relay: Gunicorn, upstream: Upstream, before: list[bytes]
+) -> None:
+    """It would ask again for an error that it can read: so it gets one that it cannot."""
+
+    def handler(ex: Exchange) -> None:
+        ex.head(headers=llm.EVENTS)
+        for event in before:
+            ex.send(event)
+        ex.abort()
+
+    said, asked = ask(in_node, relay, upstream, "responses", handler)
+    assert said["errors"]
+    assert asked == 1, "it would be paid for twice"
+
+
 @APIS
 def test_a_failure_after_the_hold_is_an_error_with_the_upstreams_words(
     in_node: Node, relay: Gunicorn, upstream: Upstream, api: str

@@ -89,6 +89,11 @@ class Excerpt:
                 return _END.search(event) is not None
         return False
 
+    def has_text(self) -> bool:
+        """Whether text of one of OpenAI's responses is among what is kept: then the answer has begun, and not only its
+        stream."""
+        return _TEXT.search(b"".join(self._pieces)) is not None
+
     def _look(self) -> None:
         """Take the figures out of the lines that are whole, and keep the end of the one that is not."""
         text = b"".join(self._pieces)
@@ -105,6 +110,9 @@ _END = re.compile(
     rb"^data: ?\[DONE\]$|^event: ?(?:message_stop|response\.(?:completed|incomplete|failed))$"
     rb'|^data: ?\{"type": ?"(?:message_stop|response\.(?:completed|incomplete|failed))"',
     re.MULTILINE,
+)
+_TEXT = re.compile(
+    rb'^event: ?response\.output_text\.delta\r?$|^data: ?\{"type": ?"response\.output_text\.delta"', re.MULTILINE
 )
 _PING = re.compile(rb'^event: ?ping$|^data: ?\{"type": ?"ping"', re.MULTILINE)
 

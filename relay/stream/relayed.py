@@ -575,7 +575,9 @@ class Stream:
             return body
         self._step = Stream._raise_cut if self._viewed else Stream.cut
         if tracker is not None and tracker.at_boundary:
-            frame = sse.error_frame(error.json(record.request_id, record.dialect, position=tracker.events))
+            begun_to_answer = self._excerpt is not None and self._excerpt.has_text()
+            position = tracker.events if begun_to_answer else 0
+            frame = sse.error_frame(error.json(record.request_id, record.dialect, position=position))
             # Without the relay an EventSource would have stopped at this answer (WHATWG HTML section 9.2.2).
             return sse.FOR_GOOD + frame if self._told is not None and record.method == "GET" else frame
         return self._step(self)
