@@ -37,7 +37,7 @@ const note = (error) => {
     errors.push({name: error?.name ?? null, text: `${text} ${error?.message}`});
 };
 try {
-    const {fullStream} = streamText({model, prompt: "Well?", maxRetries: 2, onError: () => {}});
+    const {fullStream} = streamText({model, prompt: "Well?", maxRetries: tries, onError: () => {}});
     for await (const part of fullStream) {
         if (part.type === "text-delta") text += part.text;
         if (part.type === "error") note(part.error);
@@ -83,7 +83,9 @@ def events(api: str) -> list[bytes]:
     return found
 
 
-def ask(in_node: Node, relay: Gunicorn, upstream: Upstream, api: str, handler: Handler) -> tuple[Any, int]:
+def ask(
+    in_node: Node, relay: Gunicorn, upstream: Upstream, api: str, handler: Handler, tries: int = 2
+) -> tuple[Any, int]:
     """What the SDK makes of it, and how many requests reached the upstream."""
     path = PATHS[api]
     upstream.forget(path)
@@ -93,6 +95,7 @@ def ask(in_node: Node, relay: Gunicorn, upstream: Upstream, api: str, handler: H
         in_node,
         _ASK,
         api=api,
+        tries=tries,
         baseURL=f"{relay.base_url}/v1",
         ai=(modules / "ai/dist/index.mjs").as_uri(),
         openai=(modules / "@ai-sdk/openai/dist/index.mjs").as_uri(),
@@ -166,19 +169,32 @@ def test_a_cut_before_any_text_of_a_response_is_not_asked_again(
 
 
 @APIS
-def test_a_failure_after_the_hold_is_an_error_with_the_upstreams_words(
+def test_a_refusal_after_the_hold_is_an_error_with_the_upstreams_words(
     in_node: Node, relay: Gunicorn, upstream: Upstream, api: str
 ) -> None:
-    """What it makes of a failure before any of the answer is its own: it asks again, unless it finds no sense in it."""
+    """And it asks no more, as it would not with the refusal's status; of responses it makes a schema's fault."""
 
     def handler(ex: Exchange) -> None:
-        body = b'{"error":{"message":"so and no further","type":"a_type","code":"a_code"}}'
         time.sleep(1.0)  # longer than the hold
-        ex.reply(body, 400, headers=[("Content-Type", "application/json")])
+        refusal = llm.openai_error("so and no further", "invalid_request_error", "invalid_value")
+        ex.reply(refusal, 400, headers=llm.JSON)
 
     said, asked = ask(in_node, relay, upstream, api, handler)
     assert "so and no further" in said["errors"][0]["text"]
-    if api == "responses":
-        assert asked == 1
-    else:
-        assert [error for error in said["errors"] if error["name"] == "AI_TypeValidationError"] == []
+    assert (said["errors"][0]["name"] == "AI_TypeValidationError") == (api == "responses")
+    assert asked == 1
+
+
+@pytest.mark.parametrize(("api", "tries"), [("chat", 0), ("responses", 2), ("messages", 2)])
+def test_a_failure_after_the_hold_is_not_paid_for_twice(
+    in_node: Node, relay: Gunicorn, upstream: Upstream, api: str, tries: int
+) -> None:
+    """A chat needs `maxRetries: 0`: it asks again whatever the relay says of a failure before any text."""
+
+    def handler(ex: Exchange) -> None:
+        time.sleep(1.0)  # longer than the hold
+        ex.reset()
+
+    said, asked = ask(in_node, relay, upstream, api, handler, tries=tries)
+    assert "the upstream hung up before it answered" in said["errors"][0]["text"]
+    assert asked == 1
