@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from harness import eventually, llm, servers
-from harness.js import Place, Tab, Thrown, node, pages, run
+from harness.js import Job, Place, Tab, Thrown, node, pages, run
 from harness.upstream import PeerGone, Upstream
 
 if TYPE_CHECKING:
@@ -386,50 +385,57 @@ ANTHROPIC = (
 )
 
 
-def endless(ex: Exchange) -> None:
-    while not ex.gone:
-        ex.send(b": ping\n\n")
-        time.sleep(0.1)
-
-
 @pytest.mark.parametrize(
-    ("whole", "then", "marker"),
+    ("whole", "marker"),
     [
-        pytest.param(said(finish="stop"), "nothing", '"[DONE]"', id="openai-nothing"),
-        pytest.param(said(finish="stop"), "pings", "client.endsChat", id="openai-pings"),
-        pytest.param(said(finish="stop"), "a clean end", '"[DONE]"', id="openai-a-clean-end"),
-        pytest.param(ANTHROPIC, "nothing", "client.endsChat", id="anthropic-nothing"),
-        pytest.param(ANTHROPIC, "a clean end", "client.endsChat", id="anthropic-a-clean-end"),
+        pytest.param(said(finish="stop"), '"[DONE]"', id="openai"),
+        pytest.param(ANTHROPIC, "client.endsChat", id="anthropic"),
     ],
 )
-def test_an_answer_that_has_said_why_it_stopped_is_whole(shop: Shop, whole: bytes, then: str, marker: str) -> None:
-    path = shop.upstream.by_hand()
-    job = shop.start(
-        f"""
-        const kept = [];
-        const options = {{endMarker: {marker}, body: {{}}, stallTimeout: 0, onText: (text) => kept.push(text)}};
-        await client.stream(url, options);
-        return kept;
-        """,
-        path,
-    )
-    ex = shop.upstream.next(path)
-    ex.head(headers=EVENTS)
-    ex.send(whole)
-    if then == "pings":
-        with contextlib.suppress(PeerGone):
-            endless(ex)
-    elif then == "a clean end":
-        ex.end()
-    assert job.result() == ["Hi"]
-    if then != "a clean end":  # after which the relay keeps the connection
+def test_a_clean_end_is_the_end_of_an_answer_that_has_said_why_it_stopped(
+    shop: Shop, whole: bytes, marker: str
+) -> None:
+    path = shop.upstream.serve(answers(whole))
+    code = f"return client.stream(url, {{endMarker: {marker}, body: {{}}, onText: () => 0}})"
+    assert shop.run(code, path)["text"] == "Hi"
+
+
+def test_an_answer_that_has_said_why_it_stopped_is_whole_without_its_mark(shop: Shop) -> None:
+    """After two seconds, in which another that has not said it, or not for all of its choices, only goes on."""
+
+    def opened(marker: str, *pieces: bytes) -> tuple[Job, Exchange]:
+        path = shop.upstream.by_hand()
+        code = f"return client.stream(url, {{endMarker: {marker}, body: {{}}, stallTimeout: 0, onText: () => 0}})"
+        job = shop.start(code, path)
+        ex = shop.upstream.next(path)
+        ex.head(headers=EVENTS)
+        for each in pieces:
+            ex.send(each)
+        return job, ex
+
+    two_choices = opened("client.endsChat", said(), said("Ho", index=1), said("", "stop"))
+    own_marker = opened('({data}) => data === "[DONE]"', said(finish="stop"))
+    openai = opened('"[DONE]"', said(finish="stop"))
+    anthropic = opened("client.endsChat", ANTHROPIC)
+    pings = opened("client.endsChat", said(finish="stop"))
+    with contextlib.suppress(PeerGone):
+        while not pings[1].gone:
+            pings[1].send(b": ping\n\n")
+            pings[1].finished.wait(0.1)
+    for job, ex in (openai, anthropic, pings):
+        assert job.result()["text"] == "Hi"
         ex.wait_gone()
+    for job, ex in (two_choices, own_marker):
+        assert not ex.gone
+        ex.send(said("", "stop", index=1) + DONE)
+        ex.end()
+        assert job.result()["text"] == "Hi"
 
 
 def test_its_usage_and_its_end_mark_have_time_to_come(shop: Shop) -> None:
     path = shop.upstream.by_hand()
     code = """
-    const kept = [];
+    globalThis.kept = [];
     for await (const {data} of client.stream(url, {body: {}, endMarker: "[DONE]"})) kept.push(data);
     return kept;
     """
@@ -437,7 +443,7 @@ def test_its_usage_and_its_end_mark_have_time_to_come(shop: Shop) -> None:
     ex = shop.upstream.next(path)
     ex.head(headers=EVENTS)
     ex.send(said(finish="stop"))
-    time.sleep(0.5)  # well within the two seconds
+    eventually(lambda: run(shop.place, "return kept.length") == 1, "the reason")
     ex.send(b'data: {"choices":[],"usage":{}}\n\n')
     ex.send(DONE)
     assert job.result()[1:] == ['{"choices":[],"usage":{}}', "[DONE]"]
