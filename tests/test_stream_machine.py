@@ -33,7 +33,7 @@ from harness import REPO, SEED, eventually
 from harness.authority import Authority
 from harness.calm import Pulse
 from harness.upstream import Upstream
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 import relay.stream.relayed
@@ -146,6 +146,14 @@ _SCENARIOS = st.builds(
     drain=st.one_of(
         st.none(), st.none(), st.tuples(st.sampled_from([0.02, 0.1, 0.25]), st.sampled_from([0, 0.05, 0.2]))
     ),
+)
+#: Refusals after the hold, whole and cut: they are drawn once in a hundred lives.
+_REFUSED_LATE = Scenario(
+    tuple(
+        Plan(True, False, 0.15, 401, "text/event-stream", "length", (b"x",), end, "at once", None)
+        for end in ("end", "abort")
+    ),
+    None,
 )
 
 
@@ -465,7 +473,11 @@ def check(life: Life, scenario: Scenario) -> str:
     assert life.closed >= 1
     record = life.records[0]
     assert record.reason in REASONS
-    assert [status.partition(" ")[0] for status, _ in life.heads] == ([str(record.status)] if record.status else [])
+    # After a hold the client has the relay's 200, and the record the status that the upstream has answered with.
+    status = 200 if life.held else record.status
+    assert [line.partition(" ")[0] for line, _ in life.heads] == ([str(status)] if status else [])
+    if life.held and record.reason == "upstream_error":
+        assert record.status == life.plan.status
     error = error_told(life)
     if error and not life.received.startswith((b'{"error"', b'{"type": "error"')):
         _check_frame(life, error)
@@ -475,7 +487,8 @@ def check(life: Life, scenario: Scenario) -> str:
         _check_body(life, bytes(life.received), framed=False)
     # The upstream's connection is closed, unless the answer was read to its end: then it may be used again.
     eventually(lambda: life.handled == len(life.exchanges), f"the upstream has noticed the end ({record.reason})")
-    if record.bytes < len(life.plan.body) or not life.plan.whole:
+    may_be_kept = record.bytes == len(life.plan.body) or (life.held and record.reason == "upstream_error")
+    if not (life.plan.whole and may_be_kept):
         for ex in life.exchanges:
             eventually(lambda ex=ex: ex._sock.fileno() < 0, f"{ex!r} gone after {record.reason}")
     _check_cause(life, scenario)
@@ -599,10 +612,11 @@ def examine(examples: int, certificates: Path | None = None) -> dict[str, int]:
             deadline=None,  # the watchdog's business
             database=None,
             derandomize=bool(SEED),
-            phases=[Phase.generate],  # real time: a second run of the same plan is another life
+            phases=[Phase.explicit, Phase.generate],  # real time: a second run of the same plan is another life
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
         )
         @given(_SCENARIOS)
+        @example(_REFUSED_LATE)
         def lives(scenario: Scenario) -> None:
             _run(machine, scenario)
 
