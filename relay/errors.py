@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import json
+import random
 from collections.abc import Sequence
 
 
@@ -41,10 +42,15 @@ class RelayError(Exception):
         """The response headers that belong to this error and to no other response."""
         headers = []
         if self.retry_after is not None:
-            headers.append(("Retry-After", str(self.retry_after)))
+            headers.append(("Retry-After", str(self._wait(self.retry_after))))
         if not self.may_retry:
             headers.append(("x-should-retry", "false"))
         return [*headers, *self.fields]
+
+    def _wait(self, seconds: int) -> int:
+        """At random up to half more, a minute at most, so that clients that were refused together do not come back
+        together."""
+        return seconds + random.randint(0, min((seconds + 1) // 2, 60))  # noqa: S311 - nobody gains by guessing it
 
     def detached(self) -> RelayError:
         """Itself, to be kept: without the frames that it came through, which would keep whoever keeps it."""
@@ -178,6 +184,9 @@ class UpstreamSaid(RelayError):
         #: A whole answer that could not be passed on as it came: its status, type and body.
         self.answer: dict[str, object] | None = None
 
+    def _wait(self, seconds: int) -> int:
+        return seconds  # the upstream's own
+
     def more(self) -> dict[str, object]:
         told = {"status": self.upstream_status, "retry_after": self.retry_after, "upstream": self.answer}
         return {name: value for name, value in told.items() if value is not None}
@@ -216,7 +225,7 @@ class Drained(RelayError):
 def codes() -> list[str]:
     """The codes of the errors with which the relay refuses a request."""
     kinds: list[type[RelayError]] = [RelayError, *RelayError.__subclasses__()]
-    return sorted({kind.code for kind in kinds if kind.reason is None})
+    return sorted({kind.code for kind in kinds if kind.reason is None or kind is Drained})
 
 
 class StreamCut(BrokenPipeError):

@@ -17,6 +17,7 @@ import math  # noqa: E402
 import os  # noqa: E402
 import resource  # noqa: E402
 import shutil  # noqa: E402
+import signal  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
 from collections.abc import Callable  # noqa: E402
@@ -31,7 +32,7 @@ from relay.settings import (  # noqa: E402
     SettingsError,
     environment,
 )
-from relay.shared import reports  # noqa: E402
+from relay.shared import lame_duck, reports  # noqa: E402
 from relay.version import __version__, on_disk  # noqa: E402
 
 #: Streams a worker takes when RELAY_MAX_STREAMS is not set.
@@ -123,6 +124,7 @@ def configure() -> dict[str, Any]:
             # Shown by ps and top, if setproctitle is installed. [gunicorn]
             "proc_name": "relay",
             "on_starting": _start,
+            "when_ready": _be_lame_first,
             "child_exit": _worker_ended,
             "on_exit": _end,
         }
@@ -219,6 +221,24 @@ def _start(server: Any) -> None:
     _share(server, "PROMETHEUS_MULTIPROC_DIR", "relay-metrics-", "metrics are those of the worker that is asked")
     # Where workers leave word for each other: that a client has reported in, and what each has open.
     _share(server, reports.FOLDER, "relay-run-", "each worker knows of its own streams and tickets only")
+    lame_duck.share()
+
+
+def _be_lame_first(_server: object) -> None:
+    """Have SIGTERM stop the master RELAY_LAME_DUCK later, and a second one at once. Until then all goes on, but for the
+    workers, who are not ready any more."""
+    stop: Any = signal.getsignal(signal.SIGTERM)
+
+    def leave(sig: int, frame: object) -> None:
+        left = _as_given["settings"].lame_duck - (lame_duck.since() or 0.0)
+        if left <= 0 or lame_duck.stopping():
+            stop(sig, frame)
+            return
+        lame_duck.begin()
+        signal.setitimer(signal.ITIMER_REAL, left)
+
+    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGALRM, lambda _sig, frame: stop(signal.SIGTERM, frame))
 
 
 def _share(server: Any, variable: str, prefix: str, without: str) -> None:

@@ -27,6 +27,7 @@ from relay import errors
 from relay.observe import log
 from relay.observe.metrics import metrics
 from relay.service import load, open_streams
+from relay.shared import lame_duck
 from relay.stream.drain import drain
 from relay.stream.waiting.client_socket import break_off, gone
 from relay.version import __version__, on_disk
@@ -37,6 +38,8 @@ _LOOK = 0.1
 #: nginx/snippets/relay-upstream.conf). The side that closes first must be the one that sends requests, or one of them
 #: meets a closed connection. Enough for a request that comes in pieces, too.
 _KEEP_IDLE = 3.5
+#: Seconds after which an answer says of its connection what is true then, and not what was true when it was asked for.
+_SHORT = 1.0
 #: Seconds that streams have to send their error frame before a write that is stuck is given up.
 _LAST_WORD = 1.0
 
@@ -92,6 +95,7 @@ class Worker(ggevent.GeventWorker):  # type: ignore[misc]
         self._idle: dict[Any, float] = {}  # those without a request, and since when (monotonic)
         self._load = load.Load(self.age)
         self._loop_is_over = False
+        self._lame = False  # since it was looked at last
         logging.getLogger("gunicorn.error").addFilter(_not_the_network)
 
     def load_wsgi(self) -> None:
@@ -137,6 +141,8 @@ class Worker(ggevent.GeventWorker):  # type: ignore[misc]
         _check_coding(req)
         req.version = min(req.version, (1, 1))  # gunicorn would answer HTTP/1.2 in HTTP/1.2 (RFC 9110 section 2.5)
         _untie(req)
+        if not req.should_close():
+            req.should_close = _Closes(self)
         waits = getattr(req, "_expected_100_continue", False) and isinstance(sock, _Client)
         if waits:
             # gunicorn would ask for the body here. It is asked for once there is a slot (say_continue).
@@ -171,9 +177,17 @@ class Worker(ggevent.GeventWorker):  # type: ignore[misc]
         """Tell the master that this worker lives. Without a master it drains: gunicorn would exit at once."""
         if self.ppid == os.getppid():
             super().notify()
+            if lame_duck.begun() != self._lame:
+                self._lame = not self._lame
+                self.log.info("Not ready any more, still accepting" if self._lame else "Ready again")
         elif not drain.draining:
             self.log.warning("The master is gone: this worker drains and ends")
             self.handle_exit(0, None)
+
+    @property
+    def leaves(self) -> bool:
+        """Whether it is about to stop, so that no connection is to be used again."""
+        return not self.alive or self._lame or lame_duck.stopping()
 
     def _drain_when_stopped(self) -> None:
         """Whatever stops a worker, such as `max_requests`, clears `alive`, and not all of it is a signal."""
@@ -304,6 +318,24 @@ def _count_as(pid: int) -> None:
         return
     if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
         values.ValueClass = values.MultiProcessValue(lambda: pid)  # type: ignore[no-untyped-call]
+
+
+class _Closes:
+    """What a request's answer says of its connection, asked when its head goes out and again at its end: the same both
+    times. A client that was not told sends its next request just when the connection is closed."""
+
+    __slots__ = ("_began", "_said", "_worker")
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._began = time.monotonic()
+        self._said: bool | None = worker.leaves or None
+
+    def __call__(self) -> bool:
+        if self._said is None:
+            # A short request is as it began: an answer that says "ready" does not close.
+            self._said = time.monotonic() - self._began > _SHORT and self._worker.leaves
+        return self._said
 
 
 class _Head:

@@ -115,10 +115,14 @@ def shipped(name: str) -> float | None:
         "`RELAY_KEEPALIVE` on Heroku": lambda: seconds(re.search(r"(?m)^RELAY_KEEPALIVE=(\w+)$", README)[1]),
         "`RELAY_KEEPALIVE` in kubernetes.yaml": lambda: seconds(config["RELAY_KEEPALIVE"]),
         "gunicorn `graceful_timeout`": lambda: graceful({}),
-        "gunicorn `graceful_timeout` in relay.service": lambda: graceful(environment_of("relay.service")),
+        "`RELAY_LAME_DUCK` and gunicorn `graceful_timeout` in relay.service": lambda: (
+            float(environment_of("relay.service")["RELAY_LAME_DUCK"]) + graceful(environment_of("relay.service"))
+        ),
         "systemd `TimeoutStopSec`": lambda: seconds(unit("relay.service")["TimeoutStopSec"][0]),
         "Kubernetes `terminationGracePeriodSeconds`": lambda: pod()["terminationGracePeriodSeconds"],
-        "`preStop` and gunicorn `graceful_timeout` in kubernetes.yaml": lambda: stop + graceful(config),
+        "`preStop`, `RELAY_LAME_DUCK` and gunicorn `graceful_timeout` in kubernetes.yaml": lambda: (
+            stop + float(config["RELAY_LAME_DUCK"].removesuffix("s")) + graceful(config)
+        ),
         "SDKs' read timeout": _sdks,
     }
     others = ("Cloudflare's ", "an ALB's ", "Heroku's ")  # as they document them

@@ -82,7 +82,7 @@ def test_one_client_has_so_many_and_the_others_do_not_feel_it() -> None:
     with pytest.raises(errors.TooMany, match="RELAY_MAX_STREAMS_PER_CLIENT") as caught:
         admission.request("a", never)
     assert caught.value.code == "too_many_streams"
-    assert ("Retry-After", "1") in caught.value.headers()
+    assert dict(caught.value.headers())["Retry-After"] in ("1", "2")
     assert admission.request("b", never).granted
     leases[0].release()
     assert admission.request("a", never).granted
@@ -111,7 +111,8 @@ def test_clients_that_have_gone_are_forgotten() -> None:
 
 def test_the_error_of_a_full_relay() -> None:
     error = Admission(7).full()
-    assert (error.status, error.headers()) == (503, [("Retry-After", "1")])
+    assert error.status == 503
+    assert dict(error.headers())["Retry-After"] in ("1", "2")
     assert "7 streams" in error.message
 
 

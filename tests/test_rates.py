@@ -95,7 +95,7 @@ def test_a_client_has_its_budget_and_is_told_what_is_left(relay: Client, upstrea
     assert "3 requests in 1 hour" in error["message"]
     limit, remaining, reset = numbers(refused)
     assert (limit, remaining) == (3, 0)
-    assert refused.header("Retry-After") == str(reset).encode()
+    assert reset <= int(refused.header("Retry-After") or 0) <= reset + 60
     assert reset >= 1
 
 

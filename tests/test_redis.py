@@ -141,7 +141,7 @@ def test_two_hosts_share_one_rate(rated: tuple[Gunicorn, Gunicorn]) -> None:
         refused = get(relay, client)
         assert refused.status == 429
         assert json.loads(refused.body)["error"]["code"] == "rate_limit_exceeded"
-        assert 1 <= int(refused.header("Retry-After") or 0) <= 2 * 3600
+        assert 1 <= int(refused.header("Retry-After") or 0) <= 2 * 3600 + 60
     assert get(rated[0], address()).status == 200, "the others do not feel it"
 
 
@@ -153,7 +153,7 @@ def test_two_hosts_share_one_number_of_streams(limited: tuple[Gunicorn, Gunicorn
         refused = open_stream(relay, client)
         assert refused.status == 429
         assert json.loads(refused.finish().data)["error"]["code"] == "too_many_streams"
-        assert refused.header("Retry-After") == b"1"
+        assert refused.header("Retry-After") in (b"1", b"2")
     assert status_of_a_stream(limited[0], address()) == 200, "the others do not feel it"
     held[0].close()
     eventually(lambda: status_of_a_stream(limited[1], client) == 200, "the slot of one host is free at the other")
@@ -221,7 +221,7 @@ def test_who_waits_too_long_for_a_turn_is_refused_and_not_let_through(upstream: 
             served, refused = sorted((one.read_head(), other.read_head()), key=lambda response: response.status)
             assert (served.status, refused.status) == (200, 503)
             assert json.loads(refused.finish().data)["error"]["code"] == "full"
-            assert refused.header("Retry-After") == b"1"
+            assert refused.header("Retry-After") in (b"1", b"2")
             assert metric(relay, "relay_limits_errors_total") == 0
 
 

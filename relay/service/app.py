@@ -16,6 +16,7 @@ from relay.observe import log
 from relay.observe.metrics import CONTENT_TYPE, metrics
 from relay.service import open_streams
 from relay.settings import Settings, environment, split_bind
+from relay.shared import lame_duck
 from relay.web import cors
 from relay.web.extension import Relay
 from relay.web.request import current_request
@@ -29,7 +30,14 @@ if TYPE_CHECKING:
 
 #: What RELAY_ADMIN_BIND has, by endpoint: of these nobody is asked for a key.
 _ADMIN = frozenset(
-    {"service_health", "service_health_live", "service_health_ready", "service_metrics", "service_streams"}
+    {
+        "service_health",
+        "service_health_live",
+        "service_health_ready",
+        "service_metrics",
+        "service_streams",
+        "service_drain",
+    }
 )
 
 
@@ -59,8 +67,9 @@ def create_app(config: Mapping[str, object] | None = None) -> Flask:
         )
     app.add_url_rule("/metrics", "service_metrics", lambda: _metrics(settings), methods=["GET"])
     app.add_url_rule("/streams", "service_streams", lambda: _streams(settings), methods=["GET"])
+    app.add_url_rule("/drain", "service_drain", lambda: _drain(settings), methods=["POST", "DELETE"])
     app.before_request(lambda: _admin_has_no_more(settings))
-    across = cors.hooks(app, settings, not_for=("/metrics", "/streams"))
+    across = cors.hooks(app, settings, not_for=("/metrics", "/streams", "/drain"))
     if across:
         app.before_request(across[0])
         app.after_request(across[1])
@@ -93,6 +102,23 @@ def _streams(settings: Settings) -> Response:
     response = answers.as_json(streams)
     if silent:
         response.headers["X-Workers-Silent"] = ", ".join(map(str, silent))
+    return response
+
+
+def _drain(settings: Settings) -> Response:
+    """POST: not ready from now on, in all workers, and accepting as before; DELETE takes it back. On the admin address
+    only. The answer is that of `/health/ready`, and 200."""
+    if not _on_admin_address(settings):
+        raise errors.NotFound("nothing is at this path; a drain is asked for on RELAY_ADMIN_BIND")
+    try:
+        if request.method == "POST":
+            lame_duck.say()
+        else:
+            lame_duck.take_back()
+    except OSError as error:
+        raise errors.RelayError(f"the workers cannot be told ({error}); SIGTERM drains nevertheless") from None
+    response = state.readiness()
+    response.status_code = 200
     return response
 
 

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from relay.observe import log
 from relay.shared import reports
 from relay.stream.drain import drain
 
@@ -50,10 +51,16 @@ def serve() -> None:
     """Answer the other workers from now on, if there is a folder that is shared with them."""
     if reports.FOLDER not in os.environ:
         return
-    path = _socket_of(os.getpid())
-    path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(path))
+    try:
+        reports.folder()  # made, if the operator has named one that is not there
+        path = _socket_of(os.getpid())
+        path.unlink(missing_ok=True)
+        listener.bind(str(path))
+    except OSError as error:
+        listener.close()
+        log.logger.error("the other workers cannot ask this one for its open streams: %s", error)
+        return
     listener.listen(16)
     threading.Thread(target=_answer, args=(listener,), name="relay-listing", daemon=True).start()
 

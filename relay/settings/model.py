@@ -97,6 +97,7 @@ class Settings:
     health_ttl: float
     health_timeout: float
     drain: float
+    lame_duck: float
     keepalive: float  # 0 is off
     bind: str
     admin_bind: str | None  # None is off

@@ -300,6 +300,12 @@ _SERVER = (
         "how long open streams may go on after SIGTERM or a reload",
     ),
     Setting(
+        "RELAY_LAME_DUCK",
+        duration(_SHORTEST, _HOUR, zero="drains at once"),
+        "0s",
+        "after SIGTERM: not ready but still accepting for so long, until balancers have seen it; then the drain",
+    ),
+    Setting(
         "RELAY_KEEPALIVE",
         duration(_SHORTEST, _HOUR, zero="closes after each response"),
         "65s",

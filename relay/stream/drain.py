@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from typing import Protocol
 
 _NEVER = float("inf")
+#: The part of a drain, at its end, over which the cuts are spread: clients that were cut come back at once.
+_SPREAD = 1 / 3
 
 
 class Draining(Protocol):
     """What the drain needs of a stream."""
 
-    def wake(self) -> None: ...
+    def end_by(self, at: float) -> None: ...
 
     def break_write(self) -> None: ...
 
@@ -21,6 +24,7 @@ class Drain:
 
     def __init__(self) -> None:
         self.at = _NEVER  # when they end, monotonic seconds; infinite while nobody has told the server to stop
+        self._takes_until = _NEVER  # new requests, monotonic seconds
         self.open: weakref.WeakSet[Draining] = weakref.WeakSet()  # one that nobody closes must not stay
         self._seconds: float | None = None
 
@@ -37,11 +41,19 @@ class Drain:
     def draining(self) -> bool:
         return self.at != _NEVER
 
+    @property
+    def late(self) -> bool:
+        """Whether a new request is unlikely to be answered whole."""
+        return self.draining and time.monotonic() >= self._takes_until
+
     def begin(self, at: float) -> None:
-        """Let open streams, and those still to come, go on until `at` (monotonic seconds)."""
+        """Let open streams go on until `at` (monotonic seconds) at the longest, and those still to come until `at`."""
+        now = time.monotonic()
         self.at = at
-        for stream in list(self.open):
-            stream.wake()
+        self._takes_until = (now + at) / 2
+        streams = list(self.open)
+        for number, stream in enumerate(streams):
+            stream.end_by(at - (at - now) * _SPREAD * number / len(streams))
 
     def break_writes(self) -> None:
         """Reset the clients that have not taken their streams' end. For use after `at`."""

@@ -95,11 +95,11 @@ class Stream:
 
     # Beyond 30 attributes CPython gives each instance a whole dict of its own, which is slower and takes 2 KiB more.
     __slots__ = (
-        "__weakref__", "_admission", "_arrived", "_beat_since", "_beating", "_began", "_broken", "_chunked", "_client",
-        "_closed", "_comment", "_deadline", "_excerpt", "_exchange", "_freed", "_gave", "_held", "_hold_at", "_http10",
-        "_intake", "_join_next", "_lease", "_look_at", "_over", "_pending", "_present", "_quiet_since", "_resumed",
-        "_settings", "_spoken", "_start_response", "_started", "_step", "_task", "_told", "_tracker", "_viewed",
-        "_waiter", "_watch", "_writes", "failure", "record",
+        "__weakref__", "_admission", "_arrived", "_beat_since", "_beating", "_began", "_broken", "_chunked",
+        "_client", "_closed", "_comment", "_deadline", "_drain_at", "_excerpt", "_exchange", "_freed", "_gave",
+        "_held", "_hold_at", "_http10", "_intake", "_join_next", "_lease", "_look_at", "_over", "_pending",
+        "_present", "_quiet_since", "_resumed", "_settings", "_spoken", "_start_response", "_started", "_step",
+        "_task", "_told", "_tracker", "_viewed", "_waiter", "_watch", "_writes", "failure", "record",
     )  # fmt: skip
 
     def __init__(
@@ -147,6 +147,7 @@ class Stream:
         self._hold_at = _NEVER
         self._held = False
         self._deadline = _NEVER  # no clock has anything to say before
+        self._drain_at = drain.at
         self._resumed = now  # when the server last asked for more
         self._gave = -1.0  # when it was given something; later than `_resumed`: it is writing
         self._arrived = now  # the last byte from upstream
@@ -201,6 +202,7 @@ class Stream:
 
     def _enter(self) -> bytes:
         """Get a lease, in the queue if there is none and waiting is wanted."""
+        self._refuse_if_late()
         lease = self._lease = self._admission.request(self.record.owner, self._waiter.wake)
         self._queue(lease, self._started)
         if self._intake is not None:
@@ -211,6 +213,7 @@ class Stream:
             if uploads:
                 self._admission.claim(lease)
                 self._queue(lease, monotonic())
+                self._refuse_if_late()
         self.record.admitted = True
         metrics().opened(self.record.mount)
         self._started = monotonic()  # the clocks are the upstream's
@@ -218,13 +221,22 @@ class Stream:
         self._step = Stream._open
         return self._open()
 
+    def _refuse_if_late(self) -> None:
+        """What comes late in the drain, on a connection that was kept, would be cut and billed."""
+        if drain.late:
+            error = errors.Drained(
+                "the relay is restarting and takes no more requests; nothing went upstream", retry_after=1
+            )
+            error.may_retry = True
+            raise error
+
     def _queue(self, lease: Lease, since: float) -> None:
         """Wait until the lease is granted, for RELAY_QUEUE from `since` on."""
         give_up = since + self._settings.queue
         while not lease.granted:
-            if monotonic() >= min(give_up, drain.at):
+            if monotonic() >= min(give_up, self._drain_at):
                 raise self._admission.full()
-            if self._waiter.wait(min(give_up, drain.at)) is GONE:
+            if self._waiter.wait(min(give_up, self._drain_at)) is GONE:
                 raise ClientGone
 
     def _take_in(self, intake: Intake) -> Exchange:
@@ -249,7 +261,7 @@ class Stream:
     def _check_upload(self, intake: Intake) -> float:
         """Free the server from waiting for a body that is too slow. Returns seconds, as `_check_write`."""
         now = monotonic()
-        if now >= drain.at:
+        if now >= self._drain_at:
             error = errors.Drained("the relay is restarting; the request had not come whole, and nothing went upstream")
             error.may_retry = True
             intake.stop(error)
@@ -271,7 +283,7 @@ class Stream:
             if self._task is not None and self._task.finished and self._is_sent(self._task):
                 return self._answer(exchange.head)
             now = monotonic()
-            if now >= drain.at:
+            if now >= self._drain_at:
                 raise errors.Drained("the relay is restarting and the upstream has not answered yet")
             if now >= min(self._hold_at, self._answer_by()) and self._has_answered():
                 return self._answer(exchange.head)
@@ -285,7 +297,7 @@ class Stream:
                 return self._hold(now)
             if now >= self._look_at:
                 return b""
-            wake = waiter.wait(min(deadline, self._hold_at, self._look_at, drain.at))
+            wake = waiter.wait(min(deadline, self._hold_at, self._look_at, self._drain_at))
             if wake is GONE:
                 raise ClientGone
             if (wake is READY or not exchange.empty) and exchange.read_head():
@@ -489,7 +501,7 @@ class Stream:
 
         That time may have passed by then without meaning: each byte puts the clocks back, and only here is it noticed.
         """
-        if now >= drain.at:
+        if now >= self._drain_at:
             raise errors.Drained("the relay is restarting; the answer is not complete")
         settings = self._settings
         end_at = _NEVER
@@ -517,10 +529,10 @@ class Stream:
                 beat_at = now + settings.heartbeat
                 comment = self._tracker.heartbeat
                 if comment:
-                    self._deadline = min(idle_at, beat_at, self._look_at, drain.at, end_at)
+                    self._deadline = min(idle_at, beat_at, self._look_at, self._drain_at, end_at)
                     self._beating = True
                     return self._heartbeat(comment)
-        self._deadline = min(idle_at, beat_at, self._look_at, drain.at, end_at)
+        self._deadline = min(idle_at, beat_at, self._look_at, self._drain_at, end_at)
         return b""
 
     def _due(self) -> float:
@@ -530,7 +542,7 @@ class Stream:
             return 0.0
         settings = self._settings
         shortest = min(_AFTER_ITS_END, settings.heartbeat or _NEVER, settings.idle_timeout or _NEVER)
-        self._deadline = min(self._arrived + shortest, self._look_at, drain.at)
+        self._deadline = min(self._arrived + shortest, self._look_at, self._drain_at)
         return self._deadline
 
     def _leave(self) -> bytes:
@@ -672,13 +684,13 @@ class Stream:
         Nothing is written meanwhile, and right afterwards something is.
         """
         began = self._resumed = monotonic()
-        while monotonic() < min(until, drain.at):
-            if self._waiter.rest(min(until, drain.at)) is GONE:
+        while monotonic() < min(until, self._drain_at):
+            if self._waiter.rest(min(until, self._drain_at)) is GONE:
                 self._end("client_gone")
                 raise errors.StreamCut
         self._gave = monotonic()
         self._quiet_since += self._gave - began
-        self._deadline = min(self._deadline, drain.at)  # the drain's word may have come meanwhile, and is spent
+        self._deadline = min(self._deadline, self._drain_at)  # the drain's word may have come meanwhile, and is spent
 
     def finish(self, error: errors.RelayError | None = None) -> None:
         """End it here: the rest is of no use, because of this error or because there is enough."""
@@ -687,8 +699,9 @@ class Stream:
 
     # From outside the stream's own greenlet or thread.
 
-    def wake(self) -> None:
-        """Have the clocks looked at again: the drain has begun."""
+    def end_by(self, at: float) -> None:
+        """The drain has begun: end then (monotonic seconds)."""
+        self._drain_at = at
         self._waiter.wake()
 
     def report(self) -> dict[str, object]:

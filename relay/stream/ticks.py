@@ -170,6 +170,7 @@ class Ticks:
         self._waiter = waiting.waiter(client, self._check_write)
         self._events = self._all()
         budget.opened()
+        self._drain_at = drain.at
         drain.open.add(self)
 
     def __iter__(self) -> Ticks:
@@ -217,11 +218,11 @@ class Ticks:
         """Wait until then. False: the drain is over first. Raises StreamCut when the client has left."""
         while True:
             now = time.monotonic()
-            if now >= drain.at:
+            if now >= self._drain_at:
                 return False
             if now >= at:
                 return True
-            if self._waiter.wait(min(at, drain.at)) is GONE:
+            if self._waiter.wait(min(at, self._drain_at)) is GONE:
                 raise errors.StreamCut
 
     def _cut(self) -> NoReturn:
@@ -244,8 +245,9 @@ class Ticks:
 
     # From outside the stream's own greenlet or thread.
 
-    def wake(self) -> None:
-        """The drain has begun."""
+    def end_by(self, at: float) -> None:
+        """The drain has begun: end then (monotonic seconds)."""
+        self._drain_at = at
         self._waiter.wake()
 
     def break_write(self) -> None:

@@ -10,6 +10,7 @@ from flask import Response, request
 from relay import errors
 from relay.gate.origin import check_origin
 from relay.gate.tickets import TICKET_SECONDS
+from relay.shared import lame_duck
 from relay.stream.drain import drain
 from relay.version import __version__
 from relay.web.views import answers
@@ -30,7 +31,7 @@ def ticket(mount: Mount) -> Response:
 
 def health(mount: Mount) -> Response:
     """The report for people and probes: 503 when the upstream is down or the relay is about to stop."""
-    draining = drain.draining
+    draining = _leaves()
     known = mount.health.known(ask=not draining)  # a balancer must see a drain at once, whatever the upstream does
     status = "draining" if draining else known.status
     response = answers.as_json(
@@ -53,7 +54,16 @@ def live(_mount: Mount) -> Response:
 
 def ready(_mount: Mount) -> Response:
     """New requests are welcome; an upstream that is down does not change that."""
-    draining = drain.draining
+    return readiness()
+
+
+def readiness() -> Response:
+    """Whether new requests are welcome, as a response: 200, or 503 while the relay is about to stop."""
+    draining = _leaves()
     response = answers.as_json({"status": "draining" if draining else "ok"})
     response.status_code = 503 if draining else 200
     return response
+
+
+def _leaves() -> bool:
+    return drain.draining or lame_duck.begun()

@@ -1,0 +1,73 @@
+"""Whether this service is about to stop: not ready any more, and still accepting, until balancers have seen it.
+
+Its master says so to its workers, in memory that they share, when it is told to stop; or somebody says so beforehand,
+with a file in the folder that the workers share (`POST /drain`). No HTTP, no Flask.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import time
+from pathlib import Path
+
+from relay.shared import reports
+
+#: The file's name.
+_FILE = "drain"
+
+_stopping: mmap.mmap | None = None  # one byte, which is set once the master was told to stop
+
+
+def share() -> None:
+    """In the master, before it makes workers. What was said to an earlier service in the same folder is over."""
+    global _stopping  # noqa: PLW0603 - what is inherited by all workers is one thing
+    _stopping = mmap.mmap(-1, 1)
+    with contextlib.suppress(OSError):
+        take_back()
+
+
+def begin() -> None:
+    """In the master, told to stop."""
+    if _stopping is not None:
+        _stopping[0] = 1
+
+
+def stopping() -> bool:
+    """Whether the master was told to stop."""
+    return _stopping is not None and _stopping[0] != 0
+
+
+def begun() -> bool:
+    """Whether this service is to get no new requests any more."""
+    return stopping() or since() is not None
+
+
+def since() -> float | None:
+    """For how many seconds the file has been there; None: there is none."""
+    path = _path()
+    try:
+        return None if path is None else max(time.time() - path.stat().st_mtime, 0.0)
+    except OSError:
+        return None
+
+
+def say() -> None:
+    """Make the file. Raises OSError: the workers share no folder, or it cannot be written to."""
+    path = _path()
+    if path is None:
+        raise OSError("the workers share no folder")
+    path.touch(0o600)
+
+
+def take_back() -> None:
+    """Remove the file, if there is one. Raises OSError."""
+    path = _path()
+    if path is not None:
+        path.unlink(missing_ok=True)
+
+
+def _path() -> Path | None:
+    folder = os.environ.get(reports.FOLDER)
+    return Path(folder, _FILE) if folder else None
