@@ -178,7 +178,7 @@ def test_what_has_not_changed_is_told_again(monkeypatch: pytest.MonkeyPatch) -> 
     for clock[0] in (1000.0, 1000.1, 1000.9, 1001.5, 1001.6):
         health.answered(200, 0.1)
     assert told == [True, True], "at most once a second"
-    health.failed("upstream_error")
+    health.failed("upstream_error", reachable=False)
     health.answered(200, 0.1)
     assert told == [True, True, False, True]
     assert isinstance(health.known(ask=False), Known)

@@ -109,7 +109,7 @@ def test_the_kernel_is_as_patient_as_the_clock_of_sending_and_no_more_so_afterwa
         go_on.set()
         sending.join(DEADLINE)
         until(ours.read_head)
-        assert ours.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
+        assert ours.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 25_000
         ours.close()
 
 

@@ -35,9 +35,9 @@ _STAGGER = 0.25
 _DEAD = 60.0
 _MOST_DEAD = 1000
 #: A peer that vanished without a word is noticed after 10 s of silence and three probes 5 s apart, or when what was
-# sent has not been acknowledged for half a minute. Seconds, but the third.
+# sent has not been acknowledged for as long. Seconds, but the third. With both set, Linux goes by the latter alone.
 _KEEPALIVE_IDLE, _KEEPALIVE_INTERVAL, _KEEPALIVE_PROBES = 10, 5, 3
-UNACKNOWLEDGED = 30.0
+UNACKNOWLEDGED = 25.0
 #: What `connect_ex` says of a connection under way (the last one on Windows).
 _UNDER_WAY = {0, errno.EINPROGRESS, errno.EALREADY, getattr(errno, "WSAEWOULDBLOCK", errno.EINPROGRESS)}
 

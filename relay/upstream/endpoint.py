@@ -7,6 +7,7 @@ connections and relay.upstream.pool keeps them.
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -14,6 +15,7 @@ from urllib3.util.wait import wait_for_read
 
 from relay import errors
 from relay.upstream import faults
+from relay.upstream.breaker import Breaker
 from relay.upstream.connect import OfTheProxy, Peer, Proxy, connect, proxy_of, tls_context
 from relay.upstream.exchange import READ_SIZE, Exchange
 from relay.upstream.pool import Connection, Pool
@@ -61,6 +63,7 @@ class Upstream:
         if self._proxy_url and self.forwarded and (login := proxy_of(self._proxy_url).authorization):
             self._added["Proxy-Authorization"] = login
         self._added_names = {name.lower() for name in self._added}
+        self._breaker = Breaker(self.put)
         self._pool = Pool((settings.max_streams or 900) + 8, settings.upstream_idle)
 
     def exchange(
@@ -115,6 +118,9 @@ class Upstream:
 
     def connect(self, within: float | None) -> Connection:
         seconds = within or self._connect_timeout
+        return self._breaker.connect(partial(self._connect, seconds), seconds)
+
+    def _connect(self, seconds: float) -> Connection:
         way = self._way or self._find_way()
         try:
             return Connection(connect(*way, within=seconds))

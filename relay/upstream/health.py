@@ -25,6 +25,9 @@ _SPARE = 0.1
 #: Seconds after which the metrics are told again of what has not changed: what another worker has told them since would
 #: stand otherwise.
 _TELL_AGAIN = 1.0
+#: Relayed requests in a row without an answer after which the upstream is no better than degraded, whatever it answers
+#: a probe, and the seconds for which that holds.
+_FAILURES, _FAILING = 5, 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +41,14 @@ class Known:
     monotonic: float
     source: str
     error: str | None = None
+    failing: bool = False  # it answers probes, and no requests
 
     @property
     def status(self) -> str:
         """`ok`, `degraded` (it answers, but with a failure of its own or by refusing the key) or `down`."""
         if self.status_code is None:
             return "down"
-        return "degraded" if self.status_code >= 500 or self.key == "rejected" else "ok"
+        return "degraded" if self.status_code >= 500 or self.key == "rejected" or self.failing else "ok"
 
     def report(self) -> dict[str, Any]:
         report = {
@@ -74,8 +78,19 @@ class Health:
         self._answer_by = 0.0  # when the probe under way has had its time
         self._told: tuple[bool, bool | None] | None = None
         self._tell_at = 0.0
+        self._failures = 0  # relayed requests in a row without an answer
+        self._failed_at = -math.inf  # the last of them, monotonic seconds
+        self._failure = ""
 
     def known(self, *, ask: bool = True) -> Known:
+        """As `_asked`, and what becomes of relayed requests."""
+        known = self._asked(ask=ask)
+        if self._failures < _FAILURES or time.monotonic() - self._failed_at > _FAILING or known.status_code is None:
+            return known
+        why = f"none of the last {self._failures} requests was answered ({self._failure})"
+        return replace(known, failing=True, error=why)
+
+    def _asked(self, *, ask: bool = True) -> Known:
         """What is known now, asking the upstream if that is stale. Takes at most a second, whatever the upstream does.
 
         While a probe takes longer than that, the last known state; if there is none, `down` with the reason. With
@@ -109,6 +124,7 @@ class Health:
         `own_key` False: not the relay's key went along, but one of the shop's hook, of which nothing is said here.
         """
         before = self._known
+        self._failures = 0
         own_key = own_key and self._settings.adds_key
         if status == 401 and own_key:
             key = "rejected"
@@ -118,12 +134,17 @@ class Health:
             key = before.key if before is not None else "not checked"
         self._learn(Known(status, seconds * 1000, key, time.time(), time.monotonic(), "traffic"))
 
-    def failed(self, reason: str) -> None:
-        """A relayed request found nobody there. The next who asks will have it probed, unless a probe was as recent."""
+    def failed(self, reason: str, *, reachable: bool) -> None:
+        """A relayed request was not answered: by nobody, or by an upstream that was there. The next who asks has it
+        probed."""
+        self._failures += 1
+        self._failed_at = time.monotonic()
+        self._failure = reason
         known = self._known
-        if known is not None and known.source == "traffic":
+        if known is not None:
             self._known = replace(known, monotonic=-math.inf)
-        self._tell(reachable=False, key_accepted=None)
+        if not reachable:
+            self._tell(reachable=False, key_accepted=None)
 
     def _probe(self, done: threading.Event) -> None:
         """Ask once and remember the answer."""

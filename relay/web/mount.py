@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from relay.settings import Settings
 
 _DEFAULT_STREAMS = 900
+#: The end reasons of a request that the upstream has not answered, and whether it was there all the same.
+_UNANSWERED = {"connect_timeout": False, "upstream_error": False, "send_timeout": True, "first_byte_timeout": True}
 _DEFAULT_STREAMS_IN_THREADS = 8
 
 HeadersHook = Callable[[], Mapping[str, str]]
@@ -161,8 +163,8 @@ class Mount:
         """A stream has ended, or a request for one was refused: count it, log it, tell the shop."""
         count = metrics()
         if record.admitted:
-            if record.reason == "connect_timeout" or (record.first_byte is None and record.status == 502):
-                self.health.failed(record.reason)
+            if record.first_byte is None and record.reason in _UNANSWERED:
+                self.health.failed(record.reason, reachable=_UNANSWERED[record.reason])
             count.ended(record)
         elif record.status:
             count.refused(record.reason)
