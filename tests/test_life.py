@@ -681,6 +681,28 @@ def test_one_look_at_a_write_says_nothing_however_late_it_comes() -> None:
 
 
 @undisturbed(0.3)
+def test_a_client_that_reads_what_waits_in_the_kernel_has_not_vanished(hasty: Rig) -> None:
+    """No write is stuck; something always waits for an acknowledgement, for several times the write timeout."""
+    path = hasty.upstream.by_hand()
+    with Connection(hasty.port, rcvbuf=4096) as connection:
+        connection.send("POST", f"/v1{path}", [("X-Request-ID", "no-hurry")], b"{}")
+        ex = hasty.upstream.next(path)
+        ex.head(headers=EVENTS)
+        event = b"data: " + b"x" * 120_000 + b"\n\n"
+        ex.send(event)
+        response = connection.read_head()
+        read = 0
+        while read < 100_000:
+            read += len(response.read_exactly(3000))
+            ex.send(b": still here\n\n")
+            time.sleep(0.1)
+        ex.end()
+        body = response.finish()
+        assert body.ended == "clean"
+        assert body.data.replace(b": keep-alive\n\n", b"")[: len(event)] == event
+    assert hasty.ended("no-hurry")["reason"] == "done"
+
+
 def test_a_client_that_reads_slowly_is_not_taken_for_gone(hasty: Rig) -> None:
     path = hasty.upstream.serve(endless)
     connection = hasty.ask(path)

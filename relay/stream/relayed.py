@@ -159,7 +159,7 @@ class Stream:
         self._excerpt: Excerpt | None = None  # of a body that may report its tokens
         itself = weakref.ref(self)
         self._waiter = waiting.waiter(client, _look_at_writes(itself), _look_at_clocks(itself))
-        self._broken = "client_gone"  # the end reason if the server gives up writing
+        self._broken = "client_gone"  # the end reason if the client's connection breaks
         self._pending: errors.RelayError | None = None
         self._told: late_answer.LateAnswer | None = None
         self._chunked = False  # the server frames the body in chunks, so that its end is a write of its own
@@ -187,7 +187,7 @@ class Stream:
         except errors.RelayError as error:
             data = self._fail(error)
         except ClientGone:
-            self._end("client_gone")
+            self._end(self._broken)
             raise errors.StreamCut from None
         except (StopIteration, errors.StreamCut):
             raise
@@ -532,7 +532,7 @@ class Stream:
                     self._deadline = min(idle_at, beat_at, self._look_at, self._drain_at, end_at)
                     self._beating = True
                     return self._heartbeat(comment)
-        self._deadline = min(idle_at, beat_at, self._look_at, self._drain_at, end_at)
+        self._deadline = min(idle_at, beat_at, self._look_at, self._drain_at, end_at, now + self._writes.every)
         return b""
 
     def _due(self) -> float:
@@ -686,7 +686,7 @@ class Stream:
         began = self._resumed = monotonic()
         while monotonic() < min(until, self._drain_at):
             if self._waiter.rest(min(until, self._drain_at)) is GONE:
-                self._end("client_gone")
+                self._end(self._broken)
                 raise errors.StreamCut
         self._gave = monotonic()
         self._quiet_since += self._gave - began
@@ -732,10 +732,12 @@ class Stream:
             client_socket.break_off(self._client)
 
     def _check_write(self) -> float:
-        """Free the server from a write that is stuck. Gives the seconds until it wants to look again."""
+        """Free the server from a write that is stuck, and the upstream from a client that has vanished. Gives the
+        seconds until it wants to look again."""
         if self._intake is not None and self._intake.reading:
             return self._check_upload(self._intake)
-        if self._gave >= self._resumed and self._writes.stuck(self._gave):
+        writes = self._gave >= self._resumed
+        if self._writes.stuck(self._gave) if writes else self._writes.vanished():
             self._broken = "write_timeout"
             client_socket.break_off(self._client)
         return self._writes.every

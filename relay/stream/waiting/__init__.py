@@ -105,7 +105,7 @@ def waiter(client: Any, tick: Callable[[], float], due: Callable[[], float] = _a
     """The kind that fits this process.
 
     `client`: the client's socket, or None where the server does not show it; then its going is not noticed. `tick` is
-    called now and then while the stream does something else than wait (it writes); it returns the seconds until it
+    called now and then, whether the stream waits or does something else (it writes); it returns the seconds until it
     wants to be called again. `due` is asked when a deadline has passed: monotonic seconds until when the wait can go
     on nevertheless, as deadlines move away while nobody looks.
     """

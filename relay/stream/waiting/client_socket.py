@@ -37,6 +37,19 @@ def unsent(client: Any) -> int | None:
         return None
 
 
+def since_last_word(client: Any) -> float | None:
+    """Seconds since the client's kernel has acknowledged anything (tcp(7), TCP_INFO); None: unknown.
+
+    A client that reads slowly says so when it has room again, and answers the kernel's questions meanwhile (RFC 9293
+    section 3.8.6.1), which come ever more rarely. TCP_USER_TIMEOUT would not count the answers.
+    """
+    try:
+        info = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_ACK_RECEIVED + 4)
+        return int(struct.unpack_from("I", info, _LAST_ACK_RECEIVED)[0]) / 1000
+    except (OSError, ValueError, AttributeError, struct.error):
+        return None
+
+
 def close_with_reset(client: Any) -> None:
     """Make the connection end with a reset, and not with a FIN, when it is closed. What is unsent then is lost."""
     try:
@@ -87,23 +100,42 @@ def stop_reading(client: Any) -> None:
 
 #: Seconds between two looks at a write that may be stuck, at most.
 _LONGEST_LOOK = 15.0
+#: Where tcpi_last_ack_recv (milliseconds) stands in Linux' struct tcp_info.
+_LAST_ACK_RECEIVED = 56
+_NEVER = float("inf")
 
 
 class Writes:
     """Whether a client takes what is written to it. Progress is what its kernel acknowledges: a slow reader makes some
     long before its socket can be written to again, with the megabytes that may be waiting for it."""
 
-    __slots__ = ("_began", "_client", "_limit", "_progress", "_unsent", "every")
+    __slots__ = ("_began", "_client", "_limit", "_looked_at", "_nothing_at", "_progress", "_unsent", "every")
 
     def __init__(self, client: Any, limit: float) -> None:
         """`limit`: seconds without progress after which a write is stuck; 0: none ever is."""
         self._client = client
-        self._limit = limit or float("inf")
+        self._limit = limit or _NEVER
         #: Seconds between two looks.
         self.every = min(self._limit / 4, _LONGEST_LOOK)
         self._began = -1.0  # the write that was looked at last, by the time it began
         self._progress = 0.0  # the last time it was seen to make some
         self._unsent = 0
+        # Of `vanished`: the last look, and the last that saw nothing.
+        self._looked_at = self._nothing_at = time.monotonic()
+
+    def vanished(self) -> bool:
+        """Whether the client's host has left without a word: what it was sent, in however small writes, waits for an
+        acknowledgement, and nothing at all has come from it for too long."""
+        if self._client is None or self._limit == _NEVER:
+            return False
+        now = time.monotonic()
+        stood_still = now - self._looked_at > 2 * self.every + 1.0  # and what waits now may have been sent just now
+        self._looked_at = now
+        if stood_still or not unsent(self._client):
+            self._nothing_at = now
+            return False
+        silent = since_last_word(self._client)
+        return silent is not None and min(silent, now - self._nothing_at) >= self._limit
 
     def stuck(self, began: float) -> bool:
         """Whether the write that began then (monotonic seconds), and goes on, has made no progress for too long."""

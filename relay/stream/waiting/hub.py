@@ -151,6 +151,7 @@ class HubWaiter:
         self._timer = None
         self._timer_at = _NEVER
         if self._waiting is not None:
+            self._tick()
             due, now = self._due(), time.monotonic()
             if due > now:
                 self._arm(min(due, now + self._every))

@@ -102,7 +102,7 @@ class ThreadWaiter:
 
     def look(self) -> float:
         """Called by the watchdog; gives the seconds until it wants to be called again."""
-        return _LONG_TICK if self._waiting else self._tick()
+        return self._tick()
 
 
 def _done() -> float:
