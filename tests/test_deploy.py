@@ -121,7 +121,7 @@ def shipped(name: str) -> float | None:
     known = {
         "nginx `keepalive_timeout`": lambda: nginx("keepalive_timeout", *SERVERS),
         "nginx `send_timeout`": lambda: nginx("send_timeout", *SERVERS),
-        "nginx `proxy_read_timeout`": lambda: nginx("proxy_read_timeout", "snippets/relay-proxy.conf"),
+        "nginx `proxy_read_timeout`": lambda: nginx("proxy_read_timeout", "snippets/relay-stream.conf"),
         "nginx `keepalive_timeout` in the `upstream` block": lambda: nginx(
             "keepalive_timeout", "snippets/relay-upstream.conf"
         ),

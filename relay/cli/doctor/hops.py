@@ -23,7 +23,7 @@ class Hop:
 _NGINX = Hop(
     "nginx",
     "in nginx `proxy_buffering off;` for this location, and no `proxy_ignore_headers X-Accel-Buffering` without it "
-    "(nginx/snippets/relay-proxy.conf has all of it)",
+    "(nginx/snippets/relay-stream.conf has all of it)",
     "`proxy_read_timeout`, in nginx 60 s unless it is set",
 )
 _VARNISH = Hop(
