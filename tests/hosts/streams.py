@@ -65,13 +65,13 @@ class Load:
         return self
 
     @contextlib.contextmanager
-    def trickle(self, per_second: float, *, seconds: float, within: float = 60.0) -> Iterator[None]:
+    def trickle(self, per_second: float, *, seconds: float, key: int = 0, within: float = 60.0) -> Iterator[None]:
         """Meanwhile send requests one after the other, in the background."""
         over = threading.Event()
 
         def go_on() -> None:
             while not over.wait(1 / per_second):
-                self.open(seconds=seconds, within=within)
+                self.open(seconds=seconds, key=key, within=within)
 
         thread = threading.Thread(target=go_on, daemon=True)
         thread.start()

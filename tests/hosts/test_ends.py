@@ -8,8 +8,8 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-
 from harness import eventually
+
 from hosts.lab import DRAIN, LAME_DUCK
 from hosts.streams import SCALE, ends, hold, scaled, slowest
 
