@@ -42,7 +42,7 @@ SIDE_BY_SIDE := -n auto --dist loadfile --no-loadscope-reorder --max-worker-rest
 
 .PHONY: test
 test: $(DEV) $(JS) ## Run every test, with real gunicorn, nginx, Redis and Chromium (ARGS="-k name" for some)
-	@tools/system-packages nginx haproxy redis-server openssl curl chromium
+	@tools/system-packages nginx haproxy redis-server openssl curl chromium ip
 	@tools/system-packages slowhttptest || echo "Without it its tests are skipped."
 	$(IN_VENV) -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
@@ -72,6 +72,11 @@ bench-compare: $(DEV) ## Measure beside another version: BASE=REV; fails if some
 .PHONY: soak
 soak: $(DEV) ## Clients and upstreams that misbehave at random, for a while
 	$(IN_VENV) -m tests.soak $(ARGS)
+
+.PHONY: hosts
+hosts: $(DEV) ## Kill, deploy and power off hosts in a lab on this machine, and count what clients see (needs root)
+	@tools/system-packages nginx redis-server ip
+	HOSTS_SCALE=$${HOSTS_SCALE:-4} $(IN_VENV) -m pytest tests/hosts $(ARGS)
 
 .PHONY: clean
 clean: ## Remove .venv, caches and what nginx has written

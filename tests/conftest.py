@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 PROCESSES = 4
 #: The files that take longest, which begin first so that no process is left alone with one at the end.
 LONGEST = """
-    sdks failures property prompts bytes drain stream_machine js_client page js_cases aware doctor life redis page_form
-    chat_command freed life_nginx upstream_connections health_http docs deploy js_readme fuzz slowhttptest bench
+    power sdks ends failures property prompts bytes drain stream_machine js_client page js_cases aware doctor life
+    shared_limits redis page_form chat_command freed life_nginx upstream_connections health_http docs deploy js_readme
+    fuzz slowhttptest bench
 """.split()
 
 # How long an example takes is the machine's affair, and the watchdog's.
@@ -179,7 +180,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not hasattr(config, "workerinput"):
         return
     here = Path(__file__).parent
-    if unknown := [name for name in LONGEST if not (here / f"test_{name}.py").exists()]:
+    if unknown := [name for name in LONGEST if not any(here.glob(f"{at}test_{name}.py") for at in ("", "hosts/"))]:
         raise pytest.UsageError(f"tests/conftest.py LONGEST names files that are not there: {' '.join(unknown)}")
     ranks = {f"test_{name}": rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
