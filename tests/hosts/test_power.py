@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hosts.lab import WRITE_TIMEOUT
-from hosts.streams import Row, ends, hold, scaled, slowest, table, within
+from hosts.streams import SCALE, Row, ends, hold, scaled, slowest, table, within
 
 if TYPE_CHECKING:
     from hosts.lab import Lab
@@ -36,7 +36,7 @@ def test_a_relays_host(lab: Lab) -> None:
     early = lab.load("relay-off-early").open(scaled(12), seconds=1, within=NOTICED + 2)
     new = lab.load("relay-off-new")
     within(lambda: time.monotonic() > off + EDGE_IDLE, EDGE_IDLE + 1)
-    with new.trickle(2, seconds=1, within=NOTICED):
+    with new.trickle(2 * SCALE, seconds=1, within=NOTICED):
         within(lambda: all(each.how for each in theirs), NOTICED + 2)
         cut = time.monotonic()
         within(lambda: len(new.since(cut)) >= 10, 10)  # the edge counts no connection of the dead relay's any more
