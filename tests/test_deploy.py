@@ -90,10 +90,11 @@ def test_a_host_that_is_powered_off_is_found_out_within_30_seconds() -> None:
     """The file has settings that Linux knows, and only those."""
     lines = (REPO / "deploy/sysctl.conf").read_text(encoding="utf-8").splitlines()
     pairs = [line.split(" = ") for line in lines if line and not line.startswith("#")]
-    values = {name.removeprefix("net.ipv4.tcp_keepalive_"): int(value) for name, value in pairs}
-    assert sorted(values) == ["intvl", "probes", "time"]
+    values = {name.removeprefix("net.ipv4.tcp_").removeprefix("keepalive_"): int(value) for name, value in pairs}
+    assert sorted(values) == ["intvl", "probes", "retries2", "time"]
     assert all(Path("/proc/sys", *name.split(".")).exists() for name, _ in pairs)
     assert values["time"] + values["intvl"] * values["probes"] < 30
+    assert sum(0.2 * 2**n for n in range(values["retries2"] + 1)) < 30  # Linux' TCP_RTO_MIN, doubled each time
 
 
 # --- Timeouts

@@ -10,6 +10,7 @@ import http.client
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -51,8 +52,13 @@ _SETTINGS = {
 }
 _KNOWN = {setting.name for setting in SETTINGS}
 
-#: What the README recommends for the edge: a vanished relay is noticed after 10 + 3 * 5 s.
-_KEEPALIVE = {"tcp_keepalive_time": 10, "tcp_keepalive_intvl": 5, "tcp_keepalive_probes": 3}
+#: What is shipped for the edge's kernel: a vanished relay is noticed after some 25 s.
+_SYSCTL = {
+    name: int(value)
+    for name, value in re.findall(
+        r"^net\.ipv4\.(\w+) = (\d+)$", (REPO / "deploy/sysctl.conf").read_text(), re.MULTILINE
+    )
+}
 
 #: Descriptors that may stay: a probe's connection and the like.
 _SPARE_FILES = 4
@@ -201,7 +207,7 @@ class Lab:
                 r"server\s+127\.0\.0\.1:8001\b([^;]*);": "".join(rf"server {each}:{_ADMIN_PORT}\1;" for each in relays),
             },
         )
-        host.sysctl(_KEEPALIVE)
+        host.sysctl(_SYSCTL)
         program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
         assert program is not None, "the lab needs nginx (apt-get install nginx): it is not installed"
         command = [program, "-p", f"{prefix}/", "-c", "nginx.conf", "-e", "stderr", "-g", "daemon off;"]

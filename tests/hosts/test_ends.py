@@ -26,6 +26,10 @@ NOTICED = 2.0
 def test_a_relay_that_is_killed(lab: Lab, what: str) -> None:
     """Its master alone: the worker drains, and its streams are whole. All of it: its port is closed at once."""
     killed = lab.relays[0]
+    before = lab.load(f"killed-{what}-before")
+    with before.trickle(5, seconds=0):  # the edge leaves out for a while what was not there
+        eventually(lambda: bool(before.streams.keys() & lab.through(killed)), "it gets requests", 15)
+    before.wait_ended()
     held = lab.load(f"killed-{what}-held").open(scaled(30), seconds=6).wait_begun()
     theirs = [each for each in held.all() if each.id in lab.through(killed)]
     others = [each for each in held.all() if each.id not in lab.through(killed)]
@@ -50,6 +54,7 @@ def test_a_relay_that_is_killed(lab: Lab, what: str) -> None:
     end = "whole" if what == "master" else "cut"
     hold(
         {
+            f"it has a share of the streams: {len(theirs)}": len(theirs) >= len(held.all()) // 4,
             f"its {len(theirs)} streams are {end}: {ends(theirs)}": ends(theirs) == {end: len(theirs)},
             f"the others' are whole: {ends(others)}": ends(others) == {"whole": len(others)},
             f"nobody is refused after {NOTICED:g} s: {ends(late)}": ends(late) == {"whole": len(late)},
