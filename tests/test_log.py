@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 import os
 import pty
+import select
+from typing import TYPE_CHECKING
 
 import pytest
+from harness import eventually, servers
+from harness.client import request
+from harness.upstream import Upstream
 
 from relay.observe import log
 from relay.record import Record
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def a_record() -> Record:
@@ -65,3 +73,54 @@ def test_lines_that_a_full_disk_has_swallowed_are_counted_and_told() -> None:
     assert line["event"] == "request"
     for descriptor in (full, reading, writing):
         os.close(descriptor)
+
+
+LONG = "x" * 6000
+JSON = [("Content-Type", "application/json")]
+WITH_A_LONG = {
+    "request id": lambda port: request(port, "POST", "/v1/x", [("X-Request-ID", LONG)], b"{}"),
+    "path": lambda port: request(port, "POST", f"/v1/{LONG}", JSON, b"{}"),
+    "query": lambda port: request(port, "POST", f"/v1/x?a={LONG}", JSON, b"{}"),
+    "method": lambda port: request(port, LONG.upper()[:15], "/v1/x", JSON, b"{}"),
+    "no method": lambda port: request(port, LONG.upper(), "/v1/x", JSON, b"{}"),
+    "host": lambda port: request(port, "POST", "/v1/x", [("Host", LONG)], b"{}"),
+    "origin": lambda port: request(port, "POST", "/v1/x", [("Origin", f"https://{LONG}.example")], b"{}"),
+    "model": lambda port: request(port, "POST", "/v1/chat/completions", JSON, json.dumps({"model": LONG}).encode()),
+    "model of a kind that is none": lambda port: request(
+        port, "POST", "/v1/chat/completions", JSON, json.dumps({"model": [LONG] * 30}).encode()
+    ),
+    "key": lambda port: request(port, "POST", "/v1/x", [("Authorization", f"Bearer {LONG}")], b"{}"),
+    "address": lambda port: request(port, "POST", "/v1/x", [("X-Forwarded-For", LONG)], b"{}"),
+    "content type": lambda port: request(port, "POST", "/v1/x", [("Content-Type", LONG)], b"{}"),
+}
+
+
+@pytest.mark.parametrize("what", WITH_A_LONG)
+def test_whatever_a_client_makes_long_its_line_is_not(calm: servers.Gunicorn, what: str) -> None:
+    calm.mark()
+    WITH_A_LONG[what](calm.port).finish()
+    request(calm.port, "POST", "/v1/x", [("X-Request-ID", f"after-{what.replace(' ', '-')}")], b"{}").finish()
+    eventually(lambda: "after-" in calm.log_since_mark(), "its line")
+    lines = calm.log_since_mark().splitlines()
+    assert lines
+    assert max(map(len, lines)) < select.PIPE_BUF
+
+
+def test_whatever_an_upstream_makes_long_its_line_is_not() -> None:
+    headers = [("X-Request-ID", LONG * 5), ("Content-Type", LONG), ("Server", LONG)]
+    with (
+        Upstream(lambda ex: ex.reply(b"{}", 500, LONG, headers)) as upstream,
+        servers.gunicorn({"RELAY_UPSTREAM_URL": upstream.base_url}) as relay,
+    ):
+        request(relay.port, "POST", "/v1/x", [("X-Request-ID", "this-one")], b"{}").finish()
+        relay.wait_log("this-one")
+        assert max(map(len, relay.log().splitlines())) < select.PIPE_BUF
+
+
+@pytest.fixture(scope="module")
+def calm() -> Iterator[servers.Gunicorn]:
+    with (
+        Upstream(lambda ex: ex.reply(b"{}")) as upstream,
+        servers.gunicorn({"RELAY_UPSTREAM_URL": upstream.base_url}) as relay,
+    ):
+        yield relay
