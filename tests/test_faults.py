@@ -77,6 +77,26 @@ def test_an_app_whose_own_code_fails_at_the_end_is_told_of_the_stream_neverthele
         shop.wait_log("billed of-this-one done")
 
 
+@WORKERS
+def test_a_fault_before_a_stream_is_told_in_the_relays_shape(worker: tuple[str, ...]) -> None:
+    with Upstream() as upstream, faulty("begin", worker, upstream) as shop:
+        response = request(shop.port, "POST", "/ai/x", [ID], b"{}")
+        told = json.loads(response.finish().data)["error"]
+        assert (response.status, told["code"], told["request_id"]) == (500, "relay_error", "of-this-one")
+        assert not upstream.seen()
+
+
+@WORKERS
+@pytest.mark.parametrize("place", ["let-go", "usage"])
+def test_a_fault_while_a_stream_ends_holds_nothing(place: str, worker: tuple[str, ...]) -> None:
+    """There is one slot: the second stream has it after the first."""
+    with Upstream(lambda ex: ex.reply(BODY, headers=EVENTS)) as upstream, faulty(place, worker, upstream) as shop:
+        for name in ("first", "second"):
+            body = request(shop.port, "POST", "/ai/x", [("X-Request-ID", name)], b"{}").finish()
+            assert (body.data, body.ended) == (BODY, "clean")
+            shop.wait_log(f"billed {name} done")
+
+
 @pytest.mark.parametrize("place", ["head", "body", "observe", "answered", "ended"])
 def test_a_fault_in_a_stream_is_told_and_logged_once(place: str) -> None:
     with Upstream() as upstream:

@@ -515,6 +515,16 @@ def test_an_end_that_is_none_is_a_cut(place: Place) -> None:
         assert error_of(body.data)["code"] == "upstream_cut"
 
 
+def test_an_end_that_is_none_is_recorded_as_a_cut_too(service: Place) -> None:
+    service.answers(chunk("one"))
+    service.ask(prompt="Hello", headers={"X-Request-ID": "no-mark"}).finish()
+    service.answers(chunk("one"), b"data: [DONE]\n\n")
+    service.ask(prompt="Hello", headers={"X-Request-ID": "with-a-mark"}).finish()
+    service.relay.wait_log("with-a-mark")
+    lines = [json.loads(line) for line in service.relay.log().splitlines() if "mark" in line]
+    assert {line["request_id"]: line["reason"] for line in lines} == {"no-mark": "upstream_cut", "with-a-mark": "done"}
+
+
 def test_an_error_in_the_stream_ends_it(place: Place) -> None:
     place.answers(
         chunk("one"), llm.event(llm.openai_error("overloaded", "server_error", "busy"), "error"), chunk("two")

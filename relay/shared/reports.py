@@ -114,7 +114,7 @@ def _swept_folder() -> Path:
         _swept.add(str(path))
         for file in path.iterdir():
             if is_id(file.name):
-                with contextlib.suppress(OSError, ValueError):
+                with contextlib.suppress(OSError, ValueError, IndexError):  # a full disk leaves it empty
                     pid = int(file.read_text().split()[0])
                     if not _lives(pid):
                         file.unlink()

@@ -475,7 +475,8 @@ class Stream:
                     self._join_next()  # the last chunk, which the server writes right after it
                 return self._observe(data)
             if data is not None:
-                self._end("done")
+                if not self._viewed:  # a view knows whether the answer has come to its end with its body
+                    self._end("done")
                 raise StopIteration
             if late:
                 raise self._idle_timeout()
@@ -632,18 +633,27 @@ class Stream:
             if not self._task.finished:
                 self._waiter.abort(self._task)
         self._waiter.unwatch()
+        self._gave = now  # what the server still writes may get stuck too
+        for step in (self._close_exchange, self._let_go_of_body, self._give_lease_back, self._tell_end):
+            try:
+                step()
+            except Exception as error:  # noqa: BLE001 - what can be freed is, and the stream goes on
+                log.fault(error, "ending a stream", record.request_id)
+
+    def _close_exchange(self) -> None:
         if hasattr(self, "_exchange"):
             self._exchange.close()
-        self._let_go_of_body()
+
+    def _give_lease_back(self) -> None:
         if self._lease is not None:
             self._lease.release()
-        self._gave = now  # what the server still writes may get stuck too
-        if self._excerpt is not None:
-            record.usage = self._excerpt.usage()
+
+    def _tell_end(self) -> None:
         try:
-            self._watch.ended(record)
-        except Exception as error:  # noqa: BLE001 - the stream goes on
-            log.fault(error, "noting a stream's end", record.request_id)
+            if self._excerpt is not None:
+                self.record.usage = self._excerpt.usage()
+        finally:
+            self._watch.ended(self.record)
 
     def close(self) -> None:
         """The server is done with this response, for whatever reason."""
@@ -665,7 +675,8 @@ class Stream:
 
     def __del__(self) -> None:
         """Nobody holds it any more, and nobody has closed it: some servers and middleware forget to."""
-        self.close()
+        if hasattr(self, "failure"):  # it has come into being
+            self.close()
 
     def _has_all(self) -> bool:
         """Whether the whole of a body was given to the server."""

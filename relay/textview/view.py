@@ -264,9 +264,10 @@ class TextView:
 
     def _body_ended(self) -> bytes | None:
         """The upstream's body has ended cleanly. Whether the answer has, is another matter."""
+        fault = None if self._refusal is not None else self._events.without_mark()
+        self._stream.finish(fault)
         if self._refusal is not None:
             return self._refusal_heard(self._refusal)
-        fault = self._events.without_mark()
         if fault is not None:
             return self._failed(fault)
         self._last = self._events.done()

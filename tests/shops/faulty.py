@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from flask import Flask, Response
 
 from relay import Relay
+from relay.llm.usage import Excerpt
 from relay.stream.relayed import Stream
 from relay.stream.ticks import Ticks
 from relay.textview.events import TextEvents
@@ -16,6 +17,9 @@ from relay.upstream.exchange import Exchange
 from relay.web.mount import Mount
 
 _PLACES: dict[str, tuple[type, str]] = {
+    "begin": (Stream, "__init__"),
+    "let-go": (Exchange, "close"),
+    "usage": (Excerpt, "usage"),
     "head": (Exchange, "read_head"),
     "body": (Exchange, "read"),
     "observe": (Stream, "_observe"),
@@ -29,7 +33,7 @@ _PLACES: dict[str, tuple[type, str]] = {
 }
 
 
-def _fault(*_: Any) -> NoReturn:
+def _fault(*_: Any, **__: Any) -> NoReturn:
     raise KeyError("nobody has foreseen this")
 
 
@@ -52,6 +56,6 @@ else:
 Relay(
     app,
     url_prefix="/ai",
-    settings={"RELAY_UPSTREAM_URL": os.environ["UPSTREAM"]},
+    settings={"RELAY_UPSTREAM_URL": os.environ["UPSTREAM"], "RELAY_MAX_STREAMS": "1"},
     on_end=lambda record: print(f"billed {record.request_id} {record.reason}", flush=True),
 )

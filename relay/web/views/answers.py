@@ -45,7 +45,15 @@ class _Deferred:
     relay_begin: Callable[[Any, Callable[..., Any]], Iterable[bytes]]
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        return self.relay_begin(self, start_response)
+        try:
+            return self.relay_begin(self, start_response)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must not reach the server (relay.stream.relayed)
+            known_as = request_id(environ)
+            log.fault(error, "beginning a stream", known_as)
+            body = errors.RelayError("the relay has met a fault of its own; its log says which").json(known_as).encode()
+            headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), *SANDBOX]
+            start_response("500 Internal Server Error", [*headers, ("X-Request-ID", known_as)])
+            return [body]
 
 
 _deferred_classes: dict[type, type] = {}
