@@ -151,6 +151,9 @@ def _reload(server: Any, reload: Callable[[], None]) -> None:
     gunicorn asks nobody before it does: a reload that changes nothing would end all streams at RELAY_DRAIN, and one
     that changes an address would close the listeners.
     """
+    if lame_duck.stopping():
+        server.log.error("Not reloaded: the service is about to stop")
+        return
     try:
         _, settings, workers = _read()
     except SettingsError as fault:
@@ -221,21 +224,30 @@ def _start(server: Any) -> None:
     _share(server, "PROMETHEUS_MULTIPROC_DIR", "relay-metrics-", "metrics are those of the worker that is asked")
     # Where workers leave word for each other: that a client has reported in, and what each has open.
     _share(server, reports.FOLDER, "relay-run-", "each worker knows of its own streams and tickets only")
-    lame_duck.share()
+    try:
+        lame_duck.share()
+    except OSError as error:
+        server.log.error("A drain cannot be asked for by POST /drain or a file: %s", error)  # noqa: TRY400
 
 
-def _be_lame_first(_server: object) -> None:
+def _be_lame_first(server: Any) -> None:
     """Have SIGTERM stop the master RELAY_LAME_DUCK later, and a second one at once. Until then all goes on, but for the
     workers, who are not ready any more."""
     stop: Any = signal.getsignal(signal.SIGTERM)
 
     def leave(sig: int, frame: object) -> None:
-        left = _as_given["settings"].lame_duck - (lame_duck.since() or 0.0)
-        if left <= 0 or lame_duck.stopping():
+        if os.getpid() != server.pid or server.reexec_pid or server.master_pid:
+            # A worker that has just been made and has no handlers of its own yet; or, after SIGUSR2, one of two
+            # masters: the other accepts from the same addresses, and no balancer needs to look elsewhere.
             stop(sig, frame)
             return
+        left = _as_given["settings"].lame_duck - (lame_duck.since() or 0.0)
+        again = lame_duck.stopping()
         lame_duck.begin()
-        signal.setitimer(signal.ITIMER_REAL, left)
+        if left <= 0 or again:
+            stop(sig, frame)
+        else:
+            signal.setitimer(signal.ITIMER_REAL, left)
 
     signal.signal(signal.SIGTERM, leave)
     signal.signal(signal.SIGALRM, lambda _sig, frame: stop(signal.SIGTERM, frame))
@@ -303,7 +315,8 @@ def _tell_what_is_counted_apart(server: Any) -> None:
 
 
 def _worker_ended(_server: object, worker: Any) -> None:
-    open_streams.forget(worker.pid)
+    with contextlib.suppress(OSError):  # a folder that cannot be written to
+        open_streams.forget(worker.pid)
     load.forget(worker.age)
     # A worker that was killed cannot take back its open streams. Its counters stay: they must never go down.
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import threading
 import time
@@ -18,6 +19,7 @@ from harness.upstream import Upstream
 from test_life import EVENTS
 
 from relay import errors
+from relay.upstream import breaker as breaker_module
 from relay.upstream.breaker import Breaker
 from relay.upstream.pool import Connection as Pooled
 
@@ -41,6 +43,10 @@ def refused() -> Pooled:
     raise errors.UpstreamUnreachable("the upstream cannot be reached: Connection refused")
 
 
+def nothing() -> None:
+    pass
+
+
 def made() -> Pooled:
     return Pooled(Socket())
 
@@ -52,7 +58,7 @@ def kept() -> list[Pooled]:
 
 @pytest.fixture
 def broken(kept: list[Pooled]) -> Breaker:
-    breaker = Breaker(kept.append)
+    breaker = Breaker(kept.append, nothing)
     for _ in range(5):
         with pytest.raises(errors.UpstreamUnreachable):
             breaker.connect(refused, 5.0)
@@ -60,7 +66,7 @@ def broken(kept: list[Pooled]) -> Breaker:
 
 
 def test_four_failures_and_a_connection_are_forgotten(kept: list[Pooled]) -> None:
-    breaker = Breaker(kept.append)
+    breaker = Breaker(kept.append, nothing)
     for _ in range(3):
         for _ in range(4):
             with pytest.raises(errors.UpstreamUnreachable, match=r"refused$"):
@@ -118,7 +124,7 @@ def test_a_client_that_leaves_early_is_no_failure(kept: list[Pooled]) -> None:
     def leaves() -> Pooled:
         raise Left
 
-    breaker = Breaker(kept.append)
+    breaker = Breaker(kept.append, nothing)
     for _ in range(10):
         with pytest.raises(Left):
             breaker.connect(leaves, 5.0)
@@ -127,6 +133,91 @@ def test_a_client_that_leaves_early_is_no_failure(kept: list[Pooled]) -> None:
         with pytest.raises(Left):
             breaker.connect(leaves, 0.0)  # its time was over
     with pytest.raises(errors.UpstreamUnreachable):
+        breaker.connect(refused, 5.0)
+
+
+def test_a_try_that_does_not_end_keeps_nobody_from_trying(kept: list[Pooled]) -> None:
+    """Such as a look-up whose resolver hangs."""
+    stuck = []
+    breaker = Breaker(kept.append, lambda: stuck.append(True))
+    for _ in range(5):
+        with pytest.raises(errors.UpstreamUnreachable):
+            breaker.connect(refused, 0.1)
+    hanging = threading.Event()
+
+    def hangs() -> Pooled:
+        assert hanging.wait(20)
+        return made()
+
+    with pytest.raises(errors.UpstreamUnreachable):
+        breaker.connect(hangs, 0.1)
+
+    def back() -> bool:
+        with contextlib.suppress(errors.UpstreamUnreachable):
+            return breaker.connect(made, 0.1) is not None
+        return False
+
+    eventually(back, "another tries")
+    assert stuck == [True]
+    hanging.set()
+    eventually(lambda: len(kept) == 1, "what came of the first is kept")
+    assert breaker.connect(made, 0.1) is not None
+
+
+def test_a_try_that_cannot_begin_keeps_nobody_from_trying(broken: Breaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_more(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_more)
+        with pytest.raises(errors.UpstreamUnreachable, match="5 times in a row"):
+            broken.connect(made, 5.0)
+    assert broken.connect(made, 5.0) is not None
+
+
+def test_a_process_that_was_forked_begins_anew(broken: Breaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", nothing_starts)
+        patch.setattr(breaker_module, "_PATIENCE", 0.0)
+        with pytest.raises(errors.UpstreamUnreachable):
+            broken.connect(made, 5.0)
+    with pytest.raises(errors.UpstreamUnreachable, match="5 times in a row"):
+        broken.connect(made, 5.0)  # one tries, for ever
+    here = os.getpid()
+    monkeypatch.setattr(breaker_module.os, "getpid", lambda: here + 1)
+    assert broken.connect(made, 5.0) is not None
+
+
+def nothing_starts(_: threading.Thread) -> None:
+    """A thread that is in another process."""
+
+
+def test_what_is_long_ago_is_forgotten(broken: Breaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else all but one of the first requests in the morning are refused for what was in the evening."""
+    then = time.monotonic()
+    monkeypatch.setattr(breaker_module.time, "monotonic", lambda: then + 31)
+    with pytest.raises(errors.UpstreamUnreachable, match=r"refused$"):
+        broken.connect(refused, 5.0)
+    with pytest.raises(errors.UpstreamUnreachable, match=r"refused$"):
+        broken.connect(refused, 5.0)
+
+
+def test_a_failure_that_began_before_the_last_connection_says_nothing(kept: list[Pooled]) -> None:
+    breaker = Breaker(kept.append, nothing)
+    go_on = threading.Event()
+
+    def late() -> Pooled:
+        assert go_on.wait(20)
+        return refused()
+
+    with ThreadPoolExecutor(10) as pool:
+        begun = [pool.submit(breaker.connect, late, 5.0) for _ in range(10)]
+        breaker.connect(made, 5.0)
+        go_on.set()
+        for each in begun:
+            with pytest.raises(errors.UpstreamUnreachable):
+                each.result(10)
+    with pytest.raises(errors.UpstreamUnreachable, match=r"refused$"):
         breaker.connect(refused, 5.0)
 
 

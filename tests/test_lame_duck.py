@@ -5,23 +5,24 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import shutil
 import signal
 import socket
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from harness import eventually, servers
+from harness import REPO, eventually, servers
 from harness.client import Connection, request
 from harness.upstream import Upstream
-from test_drain import PIECES, kept, pieces, relay, until_not_ready, whole
+from test_drain import PIECES, exists, kept, pieces, relay, until_not_ready, whole
 from test_life import EVENTS, Rig, frame, mute, silent
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from harness.client import Response
 
 
@@ -130,6 +131,56 @@ def test_a_reload_has_no_lame_duck_time() -> None:
         assert rig.relay.wait(15) == 0
 
 
+def test_a_worker_that_is_signalled_as_it_is_made_tells_nobody_to_leave() -> None:
+    """A worker has its master's handlers until it has its own."""
+    with relay(lame_duck="100", drain="0") as rig:
+        for _ in range(3):
+            rig.relay.kill_worker()
+            known: set[int] = set()
+            eventually(lambda known=known: bool(known.update(rig.relay.workers()) or known), "a worker", every=0)
+            for pid in known:
+                os.kill(pid, signal.SIGTERM)
+            eventually(lambda: accepts(rig.port) and bool(rig.relay.workers()), "another worker")
+        eventually(lambda: ready(rig.port) == 200, "ready")
+        rig.relay.send_signal(signal.SIGINT)
+        assert rig.relay.wait(15) == 0
+
+
+def test_one_of_two_masters_leaves_without_a_lame_duck_time(tmp_path: Path) -> None:
+    """After SIGUSR2 the other accepts from the same addresses. It is the script that can be started anew, not the
+    module (`python -m gunicorn`)."""
+    service = servers.Gunicorn(servers.free_port(), servers.free_port(), tmp_path)
+    settings = {
+        "RELAY_BIND": f"127.0.0.1:{service.port}",
+        "RELAY_ADMIN_BIND": f"127.0.0.1:{service.admin_port}",
+        "RELAY_LAME_DUCK": "100",
+        "RELAY_DRAIN": "0",
+        "PYTHONPATH": str(REPO),
+    }
+    command = [str(Path(sys.executable).with_name("gunicorn")), "-c", str(REPO / "gunicorn.conf.py"), "wsgi:app"]
+    service.launch(command, servers.environment(settings), tmp_path)
+    try:
+        service.wait_log("Booting worker")
+        old = service.workers()
+        service.send_signal(signal.SIGUSR2)
+        eventually(lambda: service.log().count("Booting worker") == 2, "the new master has a worker")
+        service.send_signal(signal.SIGTERM)
+        assert service.wait(15) == 0
+        assert not any(exists(worker) for worker in old)
+        eventually(lambda: accepts(service.port) and ready(service.port) == 200, "the new one is ready")
+    finally:
+        service.end()  # the new one too
+
+
+def test_a_service_that_is_about_to_stop_does_not_reload() -> None:
+    with relay(lame_duck="3", drain="0") as rig:
+        rig.relay.send_signal(signal.SIGTERM)
+        eventually(lambda: ready(rig.relay.admin_port) == 503, "not ready")
+        rig.relay.reload()
+        rig.relay.wait_log("Not reloaded: the service is about to stop")
+        assert rig.relay.wait(15) == 0
+
+
 # --- POST /drain ----------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +230,30 @@ def test_the_file_does_as_much_and_is_no_word_to_the_next_start(tmp_path: Path) 
         assert (folder / "drain").exists()
         with servers.gunicorn({"RELAY_UPSTREAM_URL": upstream.base_url, "SSE_RELAY_RUN_DIR": str(folder)}) as second:
             assert ready(second.port) == 200
+
+
+def test_asking_again_does_not_start_the_time_again(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with (
+        Upstream() as upstream,
+        servers.gunicorn({"RELAY_UPSTREAM_URL": upstream.base_url, "SSE_RELAY_RUN_DIR": str(folder)}) as server,
+    ):
+        assert request(server.admin_port, "POST", "/drain").status == 200
+        os.utime(folder / "drain", (1, 1))
+        assert request(server.admin_port, "POST", "/drain").status == 200
+        assert (folder / "drain").stat().st_mtime == 1
+
+
+def test_a_file_that_cannot_be_removed_is_told_and_ignored(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (folder / "drain").mkdir(parents=True)
+    folder.chmod(0o700)
+    with (
+        Upstream() as upstream,
+        servers.gunicorn({"RELAY_UPSTREAM_URL": upstream.base_url, "SSE_RELAY_RUN_DIR": str(folder)}) as server,
+    ):
+        assert ready(server.port) == 200
+        assert "A drain cannot be asked for" in server.log()
 
 
 @pytest.mark.parametrize(
@@ -319,6 +394,23 @@ def _ended(response: Response) -> float:
     body = response.finish()
     assert (frame(body.data)["code"], body.ended) == ("drained", "cut")
     return time.monotonic()
+
+
+def test_who_waits_for_a_slot_until_late_in_a_drain_is_not_sent() -> None:
+    """The cuts give slots free."""
+    with relay(drain="6", heartbeat="0", hold="0", max_streams="3", queue="30") as rig:
+        path = rig.upstream.serve(silent)
+        streams = [rig.ask(path).read_head() for _ in range(3)]
+        for response in streams:
+            response.read_until(b"data: 1\n\n")
+        waiting = rig.ask(rig.upstream.serve(pieces, "/waiting"))
+        eventually(lambda: accepts(rig.port), "it is in the queue")
+        rig.relay.send_signal(signal.SIGTERM)
+        response = waiting.read_head()
+        assert response.status == 503
+        assert json.loads(response.finish().data)["error"]["code"] in ("drained", "full")
+        assert not rig.upstream.seen("/waiting")
+        assert rig.relay.wait(15) == 0
 
 
 def test_an_upload_that_ends_late_in_a_drain_is_not_sent() -> None:

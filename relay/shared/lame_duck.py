@@ -18,14 +18,20 @@ from relay.shared import reports
 _FILE = "drain"
 
 _stopping: mmap.mmap | None = None  # one byte, which is set once the master was told to stop
+_file: Path | None = None  # what is said beforehand
 
 
 def share() -> None:
-    """In the master, before it makes workers. What was said to an earlier service in the same folder is over."""
-    global _stopping  # noqa: PLW0603 - what is inherited by all workers is one thing
-    _stopping = mmap.mmap(-1, 1)
-    with contextlib.suppress(OSError):
-        take_back()
+    """In the master, before it makes workers. What was said to an earlier service in the same folder is over.
+
+    Raises OSError: there is a file that cannot be removed, or the folder is not this user's alone.
+    """
+    global _stopping, _file  # noqa: PLW0603 - what is inherited by all workers is one thing
+    _stopping, _file = mmap.mmap(-1, 1), None
+    if reports.FOLDER in os.environ:
+        file = reports.folder() / _FILE
+        file.unlink(missing_ok=True)
+        _file = file
 
 
 def begin() -> None:
@@ -46,28 +52,22 @@ def begun() -> bool:
 
 def since() -> float | None:
     """For how many seconds the file has been there; None: there is none."""
-    path = _path()
     try:
-        return None if path is None else max(time.time() - path.stat().st_mtime, 0.0)
+        return None if _file is None else max(time.time() - _file.stat().st_mtime, 0.0)
     except OSError:
         return None
 
 
 def say() -> None:
-    """Make the file. Raises OSError: the workers share no folder, or it cannot be written to."""
-    path = _path()
-    if path is None:
+    """Make the file, if there is none: its age counts. Raises OSError: the workers share no folder, or it cannot be
+    written to."""
+    if _file is None:
         raise OSError("the workers share no folder")
-    path.touch(0o600)
+    with contextlib.suppress(FileExistsError):
+        _file.touch(0o600, exist_ok=False)
 
 
 def take_back() -> None:
     """Remove the file, if there is one. Raises OSError."""
-    path = _path()
-    if path is not None:
-        path.unlink(missing_ok=True)
-
-
-def _path() -> Path | None:
-    folder = os.environ.get(reports.FOLDER)
-    return Path(folder, _FILE) if folder else None
+    if _file is not None:
+        _file.unlink(missing_ok=True)

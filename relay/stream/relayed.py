@@ -205,6 +205,7 @@ class Stream:
         self._refuse_if_late()
         lease = self._lease = self._admission.request(self.record.owner, self._waiter.wake)
         self._queue(lease, self._started)
+        self._refuse_if_late()
         if self._intake is not None:
             uploads = self._intake.uploads
             if uploads:
@@ -751,6 +752,7 @@ class Stream:
         if self._writes.stuck(self._gave) if writes else self._writes.vanished():
             self._broken = "write_timeout"
             client_socket.break_off(self._client)
+            self._waiter.lose_client()
         return self._writes.every
 
 

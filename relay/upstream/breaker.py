@@ -6,6 +6,8 @@ whether the upstream is back. Knows no sockets, and only of this process' connec
 
 from __future__ import annotations
 
+import math
+import os
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -23,23 +25,35 @@ _MOST = 5
 _PATIENCE = 0.5
 #: The part of its time after which a connection that is given up has failed.
 _NEARLY = 0.9
+#: Seconds without a failure after which requests connect as usual: whoever comes then asks nobody to wait for them.
+_FORGOTTEN = 30.0
+#: Seconds beyond its time after which a try is taken for stuck, such as in a resolver.
+_STUCK = 1.0
 
 
 class Breaker:
     """The connections of one upstream. Each way to make one raises RelayError."""
 
-    def __init__(self, keep: Callable[[Connection], None]) -> None:
-        """`keep`: takes a connection that nobody has waited for."""
+    def __init__(self, keep: Callable[[Connection], None], stuck: Callable[[], None]) -> None:
+        """`keep`: takes a connection that nobody has waited for. `stuck`: told of a try that does not end."""
         self._keep = keep
+        self._stuck = stuck
+        self._begin()
+
+    def _begin(self) -> None:
+        self._process = os.getpid()
         self._lock = threading.Lock()
         self._failures = 0  # in a row
-        self._why, self._code = "", ""  # of the last one
+        self._failed_at = self._connected_at = -math.inf  # the last ones, monotonic seconds
+        self._why, self._code = "", ""  # of the last failure
         self._trial: _Trial | None = None  # under way
 
     def connect(self, make: Callable[[], Connection], within: float) -> Connection:
         """A connection, by `make`, which takes `within` seconds at most. Raises RelayError."""
-        if self._failures >= _MOST:
-            return self._try(make)
+        if self._process != os.getpid():
+            self._begin()  # the thread that tries is in the process that this was forked from
+        if self._failures >= _MOST and time.monotonic() - self._failed_at < _FORGOTTEN:
+            return self._try(make, within)
         began = time.monotonic()
         try:
             return self._made(make)
@@ -48,29 +62,37 @@ class Breaker:
         except BaseException:
             # Given up by whoever waited: the client has left, or its clock, which began before this one, has run out.
             if time.monotonic() - began > within * _NEARLY:
-                self._failed(errors.ConnectTimeout(f"no connection within {within:g} s (RELAY_CONNECT_TIMEOUT)"))
+                self._failed(errors.ConnectTimeout(f"no connection within {within:g} s (RELAY_CONNECT_TIMEOUT)"), began)
             raise
 
     def _made(self, make: Callable[[], Connection]) -> Connection:
+        began = time.monotonic()
         try:
             connection = make()
         except errors.RelayError as failure:
-            self._failed(failure)
+            self._failed(failure, began)
             raise
-        self._failures = 0
+        self._failures, self._connected_at = 0, time.monotonic()
         return connection
 
-    def _failed(self, failure: errors.RelayError) -> None:
+    def _failed(self, failure: errors.RelayError, began: float) -> None:
         with self._lock:
+            if began < self._connected_at:
+                return  # another connection has come about since
             self._failures += 1
+            self._failed_at = time.monotonic()
             self._why = failure.message
             self._code = failure.code if isinstance(failure, errors.UpstreamUnreachable) else ""
 
-    def _try(self, make: Callable[[], Connection]) -> Connection:
+    def _try(self, make: Callable[[], Connection], within: float) -> Connection:
+        now = time.monotonic()
         with self._lock:
-            if self._trial is not None:
+            before = self._trial
+            if before is not None and now < before.began + within + _STUCK:
                 raise self._refusal()
-            trial = self._trial = _Trial()
+            trial = self._trial = _Trial(now)
+        if before is not None:
+            self._stuck()
 
         def work() -> None:
             try:
@@ -81,10 +103,13 @@ class Breaker:
                 if not trial.hand_over(connection):
                     self._keep(connection)
             finally:
-                self._trial = None
-                trial.done.set()
+                self._ended(trial)
 
-        threading.Thread(target=work, name="relay-trial", daemon=True).start()
+        try:
+            threading.Thread(target=work, name="relay-trial", daemon=True).start()
+        except RuntimeError:  # there are as many threads as there may be
+            self._ended(trial)
+            raise self._refusal() from None
         try:
             trial.done.wait(_PATIENCE)
         finally:
@@ -92,6 +117,11 @@ class Breaker:
         if connection is not None:
             return connection
         raise trial.failure or self._refusal()
+
+    def _ended(self, trial: _Trial) -> None:
+        if self._trial is trial:
+            self._trial = None
+        trial.done.set()
 
     def _refusal(self) -> errors.UpstreamUnreachable:
         return errors.UpstreamUnreachable(
@@ -104,7 +134,8 @@ class Breaker:
 class _Trial:
     """A connection that is being made for a request, which may not wait for it to the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, began: float) -> None:
+        self.began = began
         self.done = threading.Event()
         self.failure: errors.RelayError | None = None
         self._lock = threading.Lock()

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from urllib3.util.wait import wait_for_read
 
 from relay import errors
-from relay.upstream import faults
+from relay.upstream import dns, faults
 from relay.upstream.breaker import Breaker
 from relay.upstream.connect import OfTheProxy, Peer, Proxy, connect, proxy_of, tls_context
 from relay.upstream.exchange import READ_SIZE, Exchange
@@ -63,7 +63,7 @@ class Upstream:
         if self._proxy_url and self.forwarded and (login := proxy_of(self._proxy_url).authorization):
             self._added["Proxy-Authorization"] = login
         self._added_names = {name.lower() for name in self._added}
-        self._breaker = Breaker(self.put)
+        self._breaker = Breaker(self.put, self._forget_names)
         self._pool = Pool((settings.max_streams or 900) + 8, settings.upstream_idle)
 
     def exchange(
@@ -126,6 +126,13 @@ class Upstream:
             return Connection(connect(*way, within=seconds))
         except (OSError, OfTheProxy) as error:
             raise faults.not_connected(error, seconds) from None
+
+    def _forget_names(self) -> None:
+        """A look-up hangs, and others would wait with it."""
+        if self._way is not None:
+            peer, proxy = self._way
+            first = peer if proxy is None else proxy.peer
+            dns.forget(first.host, first.port)
 
     def _find_way(self) -> tuple[Peer, Proxy | None]:
         """Load certificates. Two threads may race here at the first request; both come to the same."""

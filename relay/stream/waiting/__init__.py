@@ -87,6 +87,9 @@ class Waiter(Protocol):
     def wake(self) -> None:
         """End the present wait, or the next one. From any thread or greenlet."""
 
+    def lose_client(self) -> None:
+        """The client has vanished without closing its connection: `wait` says GONE. From a `tick`."""
+
     def close(self) -> None:
         """Let go of the sockets. Idempotent."""
 

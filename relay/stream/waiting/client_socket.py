@@ -37,17 +37,19 @@ def unsent(client: Any) -> int | None:
         return None
 
 
-def since_last_word(client: Any) -> float | None:
-    """Seconds since the client's kernel has acknowledged anything (tcp(7), TCP_INFO); None: unknown.
+def unanswered(client: Any) -> float:
+    """Seconds since the client's kernel has acknowledged anything, if it has been asked to since (tcp(7), TCP_INFO); 0:
+    it owes no answer, or that is unknown.
 
-    A client that reads slowly says so when it has room again, and answers the kernel's questions meanwhile (RFC 9293
-    section 3.8.6.1), which come ever more rarely. TCP_USER_TIMEOUT would not count the answers.
+    One whose window is closed owes none between two of the kernel's questions (RFC 9293 section 3.8.6.1), which come
+    ever more rarely. TCP_USER_TIMEOUT would not count its answers.
     """
     try:
         info = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_ACK_RECEIVED + 4)
-        return int(struct.unpack_from("I", info, _LAST_ACK_RECEIVED)[0]) / 1000
+        retransmits, probes, in_flight, silent = _TCP_INFO.unpack_from(info)
     except (OSError, ValueError, AttributeError, struct.error):
-        return None
+        return 0.0
+    return silent / 1000 if retransmits or probes or in_flight else 0.0
 
 
 def close_with_reset(client: Any) -> None:
@@ -100,8 +102,8 @@ def stop_reading(client: Any) -> None:
 
 #: Seconds between two looks at a write that may be stuck, at most.
 _LONGEST_LOOK = 15.0
-#: Where tcpi_last_ack_recv (milliseconds) stands in Linux' struct tcp_info.
-_LAST_ACK_RECEIVED = 56
+#: Of Linux' struct tcp_info: tcpi_retransmits, tcpi_probes, tcpi_unacked and, at 56, tcpi_last_ack_recv (milliseconds).
+_TCP_INFO, _LAST_ACK_RECEIVED = struct.Struct("=2x2B20xI28xI"), 56
 _NEVER = float("inf")
 
 
@@ -131,11 +133,10 @@ class Writes:
         now = time.monotonic()
         stood_still = now - self._looked_at > 2 * self.every + 1.0  # and what waits now may have been sent just now
         self._looked_at = now
-        if stood_still or not unsent(self._client):
+        silent = 0.0 if stood_still or not unsent(self._client) else unanswered(self._client)
+        if not silent:
             self._nothing_at = now
-            return False
-        silent = since_last_word(self._client)
-        return silent is not None and min(silent, now - self._nothing_at) >= self._limit
+        return min(silent, now - self._nothing_at) >= self._limit
 
     def stuck(self, began: float) -> bool:
         """Whether the write that began then (monotonic seconds), and goes on, has made no progress for too long."""

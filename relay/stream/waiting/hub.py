@@ -120,6 +120,9 @@ class HubWaiter:
         if self._waiting is not None:
             self._hub.loop.run_callback(self._deliver)
 
+    def lose_client(self) -> None:
+        self._gone = True
+
     def close(self) -> None:
         for watcher in (self._client, self._read, self._timer):
             if watcher is not None:
@@ -153,7 +156,9 @@ class HubWaiter:
         if self._waiting is not None:
             self._tick()
             due, now = self._due(), time.monotonic()
-            if due > now:
+            if self._gone:
+                self._waiting.switch(GONE)
+            elif due > now:
                 self._arm(min(due, now + self._every))
             else:
                 self._waiting.switch(OTHER)

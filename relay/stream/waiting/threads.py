@@ -30,7 +30,7 @@ class ThreadWaiter:
         self._event = threading.Event()
         self._poll: select.poll | None = None
         self._upstream_fd = -1
-        self._waiting = False
+        self._gone = False
         if client is not None:
             _watchdog.add(self)
 
@@ -56,27 +56,25 @@ class ThreadWaiter:
         self._poll = None
 
     def wait(self, deadline: float) -> Wake:
-        self._waiting = True
-        try:
-            while True:
-                if self._event.is_set():
-                    self._event.clear()
-                    return OTHER
-                if self._client is not None:
-                    is_gone = gone(self._client)
-                    if is_gone:
-                        return GONE
-                    if is_gone is None:
-                        self._stop_watching_client()
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return OTHER
-                if self._poll is None:
-                    self._event.wait(min(left, _LONG_TICK if self._client is None else _TICK))  # it takes no infinity
-                elif any(fd == self._upstream_fd for fd, _ in self._poll.poll(min(left, _LONG_TICK) * 1000)):
-                    return READY
-        finally:
-            self._waiting = False
+        while True:
+            if self._gone:
+                return GONE
+            if self._event.is_set():
+                self._event.clear()
+                return OTHER
+            if self._client is not None:
+                is_gone = gone(self._client)
+                if is_gone:
+                    return GONE
+                if is_gone is None:
+                    self._stop_watching_client()
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return OTHER
+            if self._poll is None:
+                self._event.wait(min(left, _LONG_TICK if self._client is None else _TICK))  # it takes no infinity
+            elif any(fd == self._upstream_fd for fd, _ in self._poll.poll(min(left, _LONG_TICK) * 1000)):
+                return READY
 
     def rest(self, deadline: float) -> Wake:
         if self._poll is None:
@@ -93,6 +91,10 @@ class ThreadWaiter:
         self._client = None
 
     def wake(self) -> None:
+        self._event.set()
+
+    def lose_client(self) -> None:
+        self._gone = True
         self._event.set()
 
     def close(self) -> None:
