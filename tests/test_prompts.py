@@ -227,11 +227,16 @@ def test_anthropics_api_is_asked_in_its_own_shape(upstream: Upstream) -> None:
         assert place.ask(messages=messages[:1]).status == 400
 
 
+MESSAGE = b'{"role": "user", "content": "x"}'
 BAD: list[Any] = [
     pytest.param(b"", "body must be JSON", id="nothing"),
     pytest.param(b"prompt=Hello", "body must be JSON", id="a form"),
     pytest.param(b"\x1f\x8b\x08", "body must be JSON", id="compressed"),
-    pytest.param(b"[" * 100_000, "body must be JSON", id="brackets"),
+    pytest.param(b"[" * 10_000, "body must be JSON", id="brackets"),
+    pytest.param(b"[" * 100_000, "more than 20000 values", id="more brackets"),
+    pytest.param(b'{"messages": [%s]}' % b",".join([MESSAGE] * 5000), "some 4000 messages", id="messages"),
+    pytest.param(b'{"prompt": "x", "y": [%s]}' % b",".join([b"0"] * 30_000), "more than 20000", id="numbers"),
+    pytest.param(b'{"prompt": "x\\', "body must be JSON", id="a backslash at the end"),
     pytest.param(b'["Hello"]', "JSON object", id="a list"),
     pytest.param(b"null", "JSON object", id="null"),
     pytest.param(b"{}", "prompt is missing", id="no prompt"),
@@ -292,9 +297,42 @@ def test_bad_queries_get_one_too(service: Place, query: str, message: str) -> No
     assert message in json.loads(response.finish().data)["error"]["message"]
 
 
+def read(body: bytes) -> tuple[Prompt, int]:
+    """The prompt, and in how many steps it was read."""
+    steps, count = Prompt.of_body(body, {}, "m"), 1
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value, count
+        count += 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param('[{"a": 1, "b": [2, 3]}, ' * 20_000, id="JSON in a text"),
+        pytest.param("\n" * 300_000, id="escapes"),
+        pytest.param("\\" * 300_001, id="backslashes"),
+        pytest.param('"' * 300_001, id="quotes"),
+        pytest.param("x,:[{" * 100_000, id="no escapes"),
+    ],
+)
+def test_a_prompt_may_hold_any_number_of_signs(text: str) -> None:
+    for messages in ({"prompt": "." + text}, {"messages": [{"role": "user", "content": "." + text}] * 1}):
+        prompt, _ = read(json.dumps(messages).encode())
+        assert prompt.messages == ({"role": "user", "content": "." + text},)
+
+
+def test_others_have_their_turn_while_a_conversation_is_looked_at() -> None:
+    prompt, steps = read(b'{"messages": [%s]}' % b",".join([MESSAGE] * 3900))
+    assert len(prompt.messages) == 3900
+    assert steps >= 3900 * 4 // 500
+
+
 def test_a_pace_of_0_is_none() -> None:
     off = {"prompt": "x", "batch_ms": 0, "batch_size": 0, "max_events_per_second": 0.0}
-    assert Prompt.of_body(json.dumps(off).encode(), {}, "m").pace == Pace()
+    assert read(json.dumps(off).encode())[0].pace == Pace()
     assert Prompt.of_query({name: str(value) for name, value in off.items()}, "m").pace == Pace()
 
 

@@ -11,14 +11,19 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from relay import errors
+from relay.llm.asked import has_more_parts
 
 #: Anthropic's API wants a limit of the answer's tokens; its oldest models in use give no more.
 MAX_TOKENS = 4096
+
+#: Commas, colons and opening brackets of a body, of which a message has five. Parsing so many takes some milliseconds,
+#: in which no other stream has its turn.
+_MOST_PARTS = 20_000
 
 #: Bounds of what paces the text: milliseconds, characters, events per second.
 BATCH_MS, BATCH_SIZE, EVENTS_PER_SECOND = (1, 60_000), (1, 100_000), (0.1, 1000)
@@ -49,8 +54,16 @@ class Prompt:
     pace: Pace
 
     @classmethod
-    def of_body(cls, body: bytes | bytearray | None, query: Mapping[str, str], default_model: str) -> Prompt:
-        """Read it from a POST's body; how it is paced may stand in the query too. Raises BadRequest."""
+    def of_body(
+        cls, body: bytes | bytearray | None, query: Mapping[str, str], default_model: str
+    ) -> Generator[None, None, Prompt]:
+        """Read it from a POST's body; how it is paced may stand in the query too. Yields to let others run. Raises
+        BadRequest."""
+        if body and (yield from has_more_parts(body, _MOST_PARTS)):
+            raise errors.BadRequest(
+                f"the body has more than {_MOST_PARTS} values and names, some {_MOST_PARTS // 5} messages; send "
+                "a longer conversation as a chat request to the relay itself"
+            )
         try:
             said = json.loads(body or b"")
         except (ValueError, RecursionError):

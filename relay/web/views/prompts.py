@@ -111,7 +111,7 @@ def _intake(
     overrides = call.overrides(record)
 
     def finish(body: Body) -> Generator[None, None, Exchange]:
-        prompt = given or Prompt.of_body(body, query, settings.chat_model)
+        prompt = given or (yield from Prompt.of_body(body, query, settings.chat_model))
         yield  # a long prompt has taken its time
         path, chat = prompt.for_anthropic() if mount.speaks_anthropic else prompt.for_openai()
         permit(settings, "POST", path)
