@@ -4,6 +4,8 @@ none of it."""
 from __future__ import annotations
 
 import contextlib
+import io
+import itertools
 import json
 import signal
 import socket
@@ -140,9 +142,10 @@ def test_a_client_that_asks_first_is_told_to_go_on_once_it_has_a_slot(upstream: 
         assert ask(server.port, "POST", "/v1/x", {}, b"next").status == 200
 
 
-def test_a_restart_ends_an_upload_with_a_word(upstream: Upstream) -> None:
+@pytest.mark.parametrize("sent", [1000, 300_000])
+def test_a_restart_ends_an_upload_with_a_word(upstream: Upstream, sent: int) -> None:
     env = {"RELAY_UPSTREAM_URL": upstream.base_url, "RELAY_DRAIN": "1s"}
-    with servers.gunicorn(env) as server, begin_upload(server.port, MIB, 1000) as connection:
+    with servers.gunicorn(env) as server, begin_upload(server.port, MIB, sent) as connection:
         eventually(lambda: len(open_streams(server)) == 1, "the upload")
         server.send_signal(signal.SIGTERM)
         response = connection.read_head()
@@ -199,7 +202,7 @@ def test_uploads_that_are_too_slow_end_under_every_server(upstream: Upstream) ->
         uploads = []
         for server in (gevent, gthread, werkzeug):
             port = stack.enter_context(server(upstream))
-            stopped = stack.enter_context(begin_upload(port, MIB, 100_000))
+            stopped = stack.enter_context(begin_upload(port, MIB, 300_000))
             dribbles = stack.enter_context(begin_upload(port, MIB, 0))
             uploads.append((stopped, dribbles))
         over = threading.Event()
@@ -249,6 +252,22 @@ class Clock:
 def test_the_clocks(looks: list[tuple[float, int]], late: bool) -> None:
     clock = Clock()
     assert [clock.late(*look) for look in looks] == [False] * (len(looks) - 1) + [late]
+
+
+def test_others_have_their_turn_while_a_body_is_read() -> None:
+    body = bytes(MIB)
+    finished: list[object] = []
+
+    def finish(body: object) -> Iterator[None]:
+        finished.append(body)
+        yield from ()
+
+    environ = {"wsgi.input": io.BytesIO(body), "wsgi.input_terminated": True}
+    intake = Intake(environ, Expected(MIB, MIB, ""), MIB, finish)  # type: ignore[arg-type]
+    came = [0, *(intake.received for _ in intake.steps())]
+    intake.release()
+    assert finished == [body]
+    assert max(after - before for before, after in itertools.pairwise([*came, MIB])) <= 128 * 1024
 
 
 def test_memory_is_counted_as_it_is_taken() -> None:

@@ -252,7 +252,10 @@ class Stream:
             except OSError:
                 raise ClientGone from None
         for _ in intake.steps():
-            if self._waiter.wait(0.0) is GONE:
+            wake = self._waiter.wait(0.0)
+            if intake.reading:  # that the client has gone shows in what is read
+                self._waiter.attend()  # the wait has used up the timer
+            elif wake is GONE:
                 raise ClientGone
         if uploads:
             self._waiter.attend()

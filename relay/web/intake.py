@@ -22,6 +22,8 @@ _SILENCE = 15.0
 _PACE, _OVER = 4096, 10.0
 #: One read. A server waits until it has so much, and until then its progress does not show.
 _PIECE = 8 * 1024
+#: Bytes after which others get their turn: a client on the same host sends as fast as they are read.
+_STEP = 128 * 1024
 #: Seconds until a client that found the memory full may come again.
 _RETRY_AFTER = 2
 
@@ -91,7 +93,7 @@ class Intake:
         body: Body = None
         if self._expected is not None:
             try:
-                body = self._read(self._expected)
+                body = yield from self._read(self._expected)
             finally:
                 self.reading = False
                 self._source = None
@@ -105,8 +107,9 @@ class Intake:
         if taken:
             memory.give_back(taken)
 
-    def _read(self, expected: Expected) -> Body:
+    def _read(self, expected: Expected) -> Generator[None, None, Body]:
         announced, most = expected.length, expected.most
+        step_at = _STEP
         read = self._source.read
         body: bytes | bytearray = b""
         while announced is None or len(body) < announced:
@@ -131,6 +134,9 @@ class Intake:
                 if isinstance(body, bytes):
                     body = bytearray(body)
                 body += piece
+            if self.received >= step_at:
+                step_at = self.received + _STEP
+                yield
         if announced is not None and len(body) != announced:
             raise self._stopped or expected.cut()
         if self._stopped is not None and announced is None:
