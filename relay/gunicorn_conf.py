@@ -77,8 +77,9 @@ def configure() -> dict[str, Any]:
             "worker_class": "relay.worker.Worker",
             # Connections to each listener and worker: when they are used up, accepting stops and everybody waits in
             # the dark. So twice the streams: the rest are idle keep-alive connections, requests that wait for a slot,
-            # and those that are told at once that there is none. [1000]
-            "worker_connections": 2 * streams + 200,
+            # and those that are told at once that there is none. Of these a relay with few streams has as many, and
+            # RELAY_QUEUE counts from the accept on. [1000]
+            "worker_connections": 2 * max(streams, _STREAMS) + 200,
             # Connections that the kernel holds while all workers are busy: a burst of clients that reconnect at once.
             # The kernel lowers it to net.core.somaxconn. [2048]
             "backlog": 4096,

@@ -119,6 +119,10 @@ def test_the_environment_decides(tmp_path: Path):
     assert found["worker_connections"] > 2000
 
 
+def test_a_small_relay_accepts_whom_it_has_no_room_for(tmp_path: Path):
+    assert shown(tmp_path, env={"RELAY_MAX_STREAMS": "10"})["worker_connections"] >= 2000
+
+
 def test_an_empty_admin_address_is_none(tmp_path: Path):
     assert shown(tmp_path, env={"RELAY_ADMIN_BIND": ""})["bind"] == ["127.0.0.1:8000"]
 
