@@ -58,7 +58,8 @@ class Chunks:
 class Answer:
     """One answer. `feed` it what arrives, and `end` it when the connection does."""
 
-    __slots__ = ("_at", "_chunks", "_done", "_flood", "_gap", "_loose", "_next", "_rest", "_wanted", "over", "status")
+    __slots__ = ("_at", "_chunks", "_done", "_flood", "_gap", "_loose", "_next", "_rest", "_wanted", "over",
+                 "retry_after", "status")  # fmt: skip
 
     def __init__(self, wanted: int, flood: bytes | None = None) -> None:
         """`wanted`: how many events there must be, 0 for any number. `flood`: the body, if all of it is known."""
@@ -72,6 +73,7 @@ class Answer:
         self._next = 0  # the number of the event that must come next
         self._done = False  # the stream's end has come, and nothing after it
         self.status = 0
+        self.retry_after = False  # it says when to come again
         self.over = False  # nothing more is to come
 
     @property
@@ -139,9 +141,11 @@ class Answer:
             return b""
         self._rest = b""
         self.status = int(head[9:12])
-        if b"\r\ntransfer-encoding: chunked" in head.lower():
+        head = head.lower()
+        if b"\r\ntransfer-encoding: chunked" in head:
             self._chunks = Chunks()
         if self.status != 200:
+            self.retry_after = b"\r\nretry-after: " in head
             self.over = True
             return b""
         return body

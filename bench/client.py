@@ -15,13 +15,14 @@ import json
 import resource
 import select
 import socket
+import subprocess
 import sys
 import time
 from time import monotonic_ns
 from typing import TYPE_CHECKING, Any
 
 from bench import process, work
-from bench.check import FAILED, Answer
+from bench.check import FAILED, REFUSED, Answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +39,9 @@ class Tally:
         self.events = self.started = self.finished = 0
         self.latencies: list[int] = []  # of events
         self.firsts: list[int] = []  # from before the connection was made to the first event
+        self.refusals: list[int] = []  # from before the connection was made to an answer that is no stream
+        self.told_when = 0  # how many of them say when to come again
+        self.broken = 0  # connections that ended without an answer
         self.late = 0  # the longest that a stream was opened after its time
 
     def result(self) -> dict[str, Any]:
@@ -45,6 +49,8 @@ class Tally:
             "events": self.events, "started": self.started, "finished": self.finished,
             "answered": len(self.firsts), "late_us": self.late / 1000,
             "latency_us": _percentiles(self.latencies), "first_us": _percentiles(self.firsts),
+            "refused": len(self.refusals), "refused_us": _percentiles(self.refusals), "told_when": self.told_when,
+            "broken": self.broken,
         }  # fmt: skip
 
 
@@ -94,6 +100,7 @@ class Load:
         self.dropped: dict[str, int] = {}  # streams that had not ended at the end, by what was wrong with them
         self.windows: dict[str, Any] = {}
         self.memory: dict[str, float] = {}
+        self._other: subprocess.Popen[bytes] | None = None
 
     def take(self, steps: list[dict[str, Any]]) -> dict[str, Any]:
         try:
@@ -109,6 +116,9 @@ class Load:
             while self._upstream("stats")["open"] and time.monotonic() < give_up:
                 time.sleep(0.02)
         finally:
+            if self._other is not None:
+                self._other.kill()
+                self._other.communicate()
             self._control.close()
             self._epoll.close()
         return {
@@ -118,11 +128,11 @@ class Load:
 
     # Steps.
 
-    def _do_open(self, group: str, count: int, rate: float, limit: float) -> None:
+    def _do_open(self, group: str, count: int, rate: float, limit: float, window: str = "") -> None:
         """Open streams at so many per second, and wait until all have had an event or ended, or for `limit` seconds."""
         it = self._groups[group]
         it.gap, it.due, it.left = int(_SECOND / rate), monotonic_ns(), count
-        self._turn_until(limit, lambda: not it.left and not it.waiting)
+        self._window(window, lambda: self._turn_until(limit, lambda: not it.left and not it.waiting))
         it.left = 0
 
     def _do_run(self, seconds: float, window: str = "", rate: dict[str, float] | None = None) -> None:
@@ -165,6 +175,17 @@ class Load:
             it.again = False
         self._upstream("finish")
         self._turn_until(limit, lambda: not self._streams)
+
+    def _do_beside(self, command: list[str]) -> None:
+        """Start a program that gives the relay other work to do."""
+        self._other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def _do_alone(self, window: str) -> None:
+        """End it, and keep what it says of itself with this window."""
+        assert self._other is not None
+        said, _ = self._other.communicate(timeout=20)
+        self._other = None
+        self.windows[window]["beside"] = json.loads(said or b"{}")
 
     def _do_memory(self, name: str) -> None:
         self.memory[name] = process.pss_kib(self._pids["peer"])
@@ -279,6 +300,10 @@ class Load:
         self._close(stream)
         it = stream.group
         it.waiting -= not stream.first
+        if verdict == REFUSED:
+            it.tally.refusals.append(monotonic_ns() - stream.opened)
+            it.tally.told_when += stream.answer.retry_after
+        it.tally.broken += verdict == FAILED
         if verdict != FAILED:
             it.tally.finished += 1
         if it.again:

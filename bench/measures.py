@@ -81,12 +81,12 @@ class Outcome:
 def events(rig: Rig, mode: Mode, target: Target) -> Outcome:
     """CPU and latency of an event, in streams that are open already. Some five come together, as those of a model
     that decodes for many at once do."""
-    return _events(rig, mode, target, "", _times(STREAMS, _GAP_US, step=1000))
+    return _events(rig, mode, target, "", times(STREAMS, _GAP_US, step=1000))
 
 
 def alone(rig: Rig, mode: Mode, target: Target) -> Outcome:
     """The same with events that come one by one: whoever waits is woken for each."""
-    return _events(rig, mode, target, "alone_", _times(STREAMS, _GAP_US))
+    return _events(rig, mode, target, "alone_", times(STREAMS, _GAP_US))
 
 
 def _events(rig: Rig, mode: Mode, target: Target, prefix: str, times: list[int]) -> Outcome:
@@ -193,7 +193,7 @@ def many(rig: Rig, mode: Mode, target: Target) -> Outcome:
         {"do": "memory", "name": "open"},
         {"do": "finish", "limit": _FINISH + gap_us / 1e6},
     ]
-    raw = rig.run(target.port, target.pids, [plan, warm], steps, _times(mode.many, gap_us, step=1000))
+    raw = rig.run(target.port, target.pids, [plan, warm], steps, times(mode.many, gap_us, step=1000))
     window = raw["windows"]["w"]
     found = window["groups"]["main"]
     served = raw["verdicts"].get(check.OK, 0) + raw["verdicts"].get(check.CHANGED, 0)
@@ -230,7 +230,7 @@ def _tls(rig: Rig, mode: Mode, target: Target, key: str, *, close: bool) -> Outc
         {"do": "run", "seconds": mode.window, "window": "w", "rate": rate},
         {"do": "finish", "limit": _FINISH},
     ]
-    raw = rig.run(target.port, target.pids, [others, main], steps, _times(_OTHERS, gap_us))
+    raw = rig.run(target.port, target.pids, [others, main], steps, times(_OTHERS, gap_us))
     before, window = raw["windows"]["before"], raw["windows"]["w"]
     finished, overloaded = _finished(window, "main")
     cpu = window["cpu"]["peer"] - before["cpu"]["peer"] * window["seconds"] / before["seconds"]
@@ -252,7 +252,7 @@ TLS = {"tls_reused", "tls_new"}
 DIRECT = {"events", "alone", "flood", "blocks", "first"}
 
 
-def _times(streams: int, gap_us: int, *, step: int = 1) -> list[int]:
+def times(streams: int, gap_us: int, *, step: int = 1) -> list[int]:
     """A time for each stream within a gap, a multiple of `step`: the same ones for everybody, without a pattern."""
     chance = random.Random(4)
     return [chance.randrange(0, gap_us, step) for _ in range(streams)]

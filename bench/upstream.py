@@ -26,6 +26,8 @@ from bench import work
 _WAIT = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 #: Of a stream without gaps: what is written before the next one has its turn, in bytes or in events.
 _SLICE, _TURN = 256 * 1024, 32
+#: One read of a request.
+_READ = 16 * 1024
 _JSON = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
 
 
@@ -124,7 +126,7 @@ class Upstream:
             connection.sock.do_handshake()
             connection.shaking = False
         while True:
-            data = connection.sock.recv(16384)
+            data = connection.sock.recv(_READ)
             if not data:
                 self._close(connection)
                 return
@@ -146,7 +148,7 @@ class Upstream:
             self._answer_json(connection, request)
             return
         now = monotonic_ns()
-        events, gap_us, at_us, close, blocks = map(int, wish.groups())
+        events, gap_us, at_us, close, pouring = map(int, wish.groups())
         connection.number, connection.last, connection.gap = 0, events, gap_us * 1000
         connection.epoch = self._epoch
         connection.close_after = close == 1
@@ -155,7 +157,7 @@ class Upstream:
         self._open += 1
         self._write(connection, work.HEAD + (b"Connection: close\r\n\r\n" if close else b"\r\n"))
         if gap_us == 0:
-            connection.chunks = _in_one(events) if blocks else work.flood_chunks(events)
+            connection.chunks = (work.flood_chunks, _in_one, _large)[pouring](events)
             self._watch(connection)
             return
         connection.due = now
@@ -273,6 +275,10 @@ class Upstream:
 @lru_cache(maxsize=2)
 def _in_one(events: int) -> list[bytes]:
     return [b"".join(work.flood_chunks(events))]
+
+
+def _large(events: int) -> list[bytes]:
+    return [*[work.large_chunk()] * events, work.END_CHUNK]
 
 
 def _whole_request(inbox: bytes) -> bytes:

@@ -29,6 +29,8 @@ _AFTER = b'"},"finish_reason":null}]}\n\n'
 #: that the sizes of all have three digits.
 LENGTHS = 32
 _SHORTEST = 256
+#: Bytes of a large event.
+LARGE = 64 * 1024
 #: Bytes after the time, by the event's number modulo LENGTHS. 7 has no factor in common with it: neighbours differ.
 AFTER = [
     b" " + b"x" * (_SHORTEST + i * 7 % LENGTHS - len(BEFORE) - NUMBER - len(BETWEEN) - TIME - 1 - len(_AFTER)) + _AFTER
@@ -68,6 +70,13 @@ def flood_chunks(events: int) -> list[bytes]:
     return [*(event_chunk(number, 0) for number in range(events)), END_CHUNK]
 
 
+@lru_cache(maxsize=1)
+def large_chunk() -> bytes:
+    """An event of 64 KiB: one that brings a picture, say."""
+    event = BEFORE + b"x" * (LARGE - len(BEFORE) - len(_AFTER)) + _AFTER
+    return b"%x\r\n%s\r\n" % (len(event), event)
+
+
 @lru_cache(maxsize=2)
 def flood_body(events: int) -> bytes:
     """The same without its framing."""
@@ -100,12 +109,17 @@ class Plan:
     blocks: bool = False  # then: many in one write, and not each in one of its own
     spread: bool = False  # the first event comes at a time of this stream's own within a gap, and not at once
     close: bool = False  # the upstream closes the connection after the stream
+    large: bool = False  # without gaps: each event has 64 KiB
+
+    def wish(self, at_us: int = -1) -> str:
+        """What the upstream finds in the request, wherever it stands. `at_us` as in `request`."""
+        at_us = at_us if self.spread else -1
+        pouring = 2 if self.large else int(self.blocks)
+        return f"bench:{self.events:07d},{self.gap_us:07d},{at_us:07d},{self.close:d},{pouring};"
 
     def request(self, port: int, at_us: int) -> bytes:
         """The request on the wire. `at_us`: the stream's own time within a gap, for `spread`."""
-        at_us = at_us if self.spread else -1
-        wish = f"bench:{self.events:07d},{self.gap_us:07d},{at_us:07d},{self.close:d},{self.blocks:d};"
-        message = {"role": "user", "content": wish}
+        message = {"role": "user", "content": self.wish(at_us)}
         body = json.dumps({"model": "bench", "stream": True, "messages": [message]}, separators=(",", ":"))
         return (
             f"POST {PATH} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAuthorization: Bearer sk-bench\r\n"

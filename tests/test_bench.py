@@ -12,15 +12,17 @@ import subprocess
 import sys
 import threading
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 from harness import REPO
 from harness.calm import undisturbed
 
-from bench import chart, check, compare, measures, report, work
+from bench import chart, check, compare, fairness, herd, measures, report, work
 from bench.check import Answer
 from bench.measures import Outcome
+from bench.peers import PEERS
 from bench.rig import Rig
 
 if TYPE_CHECKING:
@@ -241,3 +243,35 @@ def test_two_checkouts_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_is_no_checkout_is_said(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="neither a folder nor a revision"):
         compare.main(["no-such-revision", "--smoke", "--pairs", "2"])
+
+
+def test_what_others_notice_is_measured_while_the_work_beside_them_is_done(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a bound holds is not judged: the windows are too short for that."""
+    monkeypatch.setattr(fairness, "_SETTLE", 0.6)
+    monkeypatch.setattr(fairness, "_WINDOW", 0.3)
+    fairness.main(["--pairs", "1", "--only", "nested,prompt"])
+    _, _, nested, prompt, *_ = capsys.readouterr().out.splitlines()
+    assert "times 200" in nested
+    assert "times 400" in prompt
+
+
+@pytest.mark.parametrize("figures", [([2.0, 3.0], [4.0, 40.0], 4.4), ([1.0, 1.0], [4.9, 0.1], 1.0)])
+def test_little_is_no_more_than_less(figures: tuple[list[float], list[float], float]) -> None:
+    alone, beside, ratio = figures
+    assert fairness.Found("text", alone, beside, {}, 0.5, "").ratio == ratio
+
+
+@pytest.mark.parametrize("case", ["room for all", "room for a quarter"])
+def test_of_a_herd_everybody_is_served_or_refused(tmp_path: Path, case: str) -> None:
+    relay = next(peer for peer in PEERS if peer.name == "relay")
+    with Rig(tmp_path) as rig:
+        raw = herd.measure(rig, tmp_path, replace(relay, settings=herd.cases(80)[case]), None, 80)
+    _, whole, _, refused, lost, _ = herd.row(case, raw, 80)
+    if case == "room for all":
+        assert (whole, refused, lost) == ("80", "0", "0")
+    else:
+        assert refused.startswith("70 (503) in ")  # one worker has an eighth
+        assert "without" not in refused
+        assert (whole, lost) == ("10", "0")

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from bench.peers import litellm, nginx
 from bench.process import Server, free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 REPO = Path(__file__).resolve().parent.parent.parent
 #: A shell that has its own settings for the relay, or a proxy, must not change what is measured.
@@ -34,6 +34,7 @@ class Task:
     folder: Path  # for its files
     streams: int  # how many it must be able to have open; 0: what it has by default is enough
     root: Path  # the checkout whose code it runs, where it is ours
+    settings: Mapping[str, str]  # over those that it has here
 
     @property
     def url(self) -> str:
@@ -50,6 +51,7 @@ class Peer:
     modules: tuple[str, ...] = ()  # what must be importable
     quick: signal.Signals = signal.SIGTERM  # ends it at once
     root: Path = REPO
+    settings: Mapping[str, str] = field(default_factory=dict)
 
     def missing(self) -> str:
         """Why it cannot be measured here; empty: it can."""
@@ -73,7 +75,7 @@ class Peer:
         """Start it in front of the upstream. It is up once `wait` of the server has returned."""
         folder.mkdir(parents=True)
         folder.chmod(0o755)  # the workers of an nginx that root starts are somebody else
-        task = Task(free_port(), upstream_port, ca, folder, streams, self.root)
+        task = Task(free_port(), upstream_port, ca, folder, streams, self.root, self.settings)
         command, settings = self.command(task)
         env = {name: value for name, value in os.environ.items() if not _foreign(name)}
         # requests, httpx and LiteLLM read the first two.
@@ -109,7 +111,8 @@ def _relay(task: Task) -> tuple[list[str], dict[str, str]]:
         settings["RELAY_UPSTREAM_CA"] = str(task.ca)
     if task.streams:
         settings["RELAY_MAX_STREAMS"] = str(task.streams)
-    return [sys.executable, "-m", "gunicorn", "-c", str(task.root / "gunicorn.conf.py"), "wsgi:app"], settings
+    command = [sys.executable, "-m", "gunicorn", "-c", str(task.root / "gunicorn.conf.py"), "wsgi:app"]
+    return command, {**settings, **task.settings}
 
 
 def _aiohttp(task: Task) -> tuple[list[str], dict[str, str]]:
