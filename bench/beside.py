@@ -61,9 +61,13 @@ class Beside:
         body = json.dumps({"model": "bench", "stream": True, "messages": [{"role": "user", "content": plan.wish()}]})
         self._ask(path, body.encode())
 
-    def poster(self, body: str, path: str = PATH) -> None:
-        """One client that posts bodies of 1 MiB, each when the one before was answered."""
-        self._ask(path, body.encode())
+    def poster(self, body: str, path: str = PATH, *, at_once: int = 1) -> None:
+        """One client that posts bodies of 1 MiB, so many at once, each when the one before was answered."""
+        others = [threading.Thread(target=self._ask, args=(path, body.encode()), daemon=True) for _ in range(at_once)]
+        for each in others:
+            each.start()
+        for each in others:
+            each.join()
 
     def _ask(self, path: str, body: bytes) -> None:
         head = (
@@ -120,6 +124,7 @@ KINDS: dict[str, tuple[str, Callable[[Beside], None]]] = {
     "fast": ("events of 270 bytes, as fast as they come", lambda it: it.reader(_FAST)),
     "text": ("the same as plain text (/chat/stream)", lambda it: it.reader(_FAST, _TEXT)),
     "messages": ("1 MiB of messages, RELAY_MODELS", lambda it: it.poster(_MESSAGES)),
+    "eight": ("the same, eight at once", lambda it: it.poster(_MESSAGES, at_once=8)),
     "nested": ("1 MiB of nested lists, RELAY_MODELS", lambda it: it.poster(_NESTED)),
     "models": ("1 MiB of lists of models, RELAY_MODELS", lambda it: it.poster(_MODELS)),
     "prompt": ("1 MiB of messages, /chat/stream", lambda it: it.poster(_MESSAGES, _TEXT)),
