@@ -122,8 +122,8 @@ class Writes:
         self._began = -1.0  # the write that was looked at last, by the time it began
         self._progress = 0.0  # the last time it was seen to make some
         self._unsent = 0
-        # Of `vanished`: the last look, and the last that saw nothing.
-        self._looked_at = self._nothing_at = time.monotonic()
+        # Of `vanished`: the last look, and the last that saw nothing. The first one is not worth a question.
+        self._looked_at = self._nothing_at = -_NEVER
 
     def vanished(self) -> bool:
         """Whether the client's host has left without a word: what it was sent, in however small writes, waits for an
@@ -131,7 +131,8 @@ class Writes:
         if self._client is None or self._limit == _NEVER:
             return False
         now = time.monotonic()
-        stood_still = now - self._looked_at > 2 * self.every + 1.0  # and what waits now may have been sent just now
+        # Where this process stood still in between, what waits now may have been sent just now.
+        stood_still = now - self._looked_at > 2 * self.every + 1.0
         self._looked_at = now
         silent = 0.0 if stood_still or not unsent(self._client) else unanswered(self._client)
         if not silent:
