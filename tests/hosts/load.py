@@ -1,8 +1,9 @@
 """Clients that run on a host of the lab: `python load.py ADDRESS PORT`.
 
 Each line of JSON on standard input is a request to send at once, on a connection of its own: `id`, `key` (a client
-key), `seconds` and `every` (see upstream.py) and `within`, the seconds after which the client gives up. Lines of JSON
-on standard output report its first byte of the body (`first`) and its end:
+key), `seconds` and `every` (see upstream.py), `feed` (a GET as an EventSource sends it, not a POST) and `within`,
+the seconds after which the client gives up. Lines of JSON on standard output report its first byte of the body
+(`first`) and its end:
 
     whole     a clean end after `data: [DONE]`
     silent    a clean end without it: truncated, and no client can see it
@@ -21,6 +22,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -60,14 +62,7 @@ class Client:
         reader, writer = await asyncio.open_connection(address, port)
         try:
             asked = self._asked
-            body = json.dumps(
-                {"stream": True, "model": "m", "messages": []} | {k: asked[k] for k in ("id", "seconds", "every")}
-            ).encode()
-            writer.write(
-                b"POST /v1/chat/completions HTTP/1.1\r\nHost: relay.example\r\nContent-Type: application/json\r\n"
-                b"Authorization: Bearer %s\r\nX-Request-ID: %s\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s"
-                % (asked["key"].encode(), asked["id"].encode(), len(body), body)
-            )
+            writer.write(self._request())
             head = await reader.readuntil(b"\r\n\r\n")
             self._status = int(head.split(b" ", 2)[1])
             if self._status != 200:
@@ -82,6 +77,18 @@ class Client:
         finally:
             writer.transport.abort()
 
+    def _request(self) -> bytes:
+        asked = self._asked
+        wanted = {name: asked[name] for name in ("id", "seconds", "every")}
+        line, more, body = f"GET /v1/feed?{urlencode(wanted)}", "Accept: text/event-stream", ""
+        if not asked["feed"]:
+            body = json.dumps({"stream": True, "model": "m", "messages": []} | wanted)
+            line, more = "POST /v1/chat/completions", f"Content-Type: application/json\r\nContent-Length: {len(body)}"
+        return (
+            f"{line} HTTP/1.1\r\nHost: relay.example\r\nAuthorization: Bearer {asked['key']}\r\n"
+            f"X-Request-ID: {asked['id']}\r\nConnection: close\r\n{more}\r\n\r\n{body}"
+        ).encode()
+
     def _how(self) -> str:
         if self._status != 200:
             return "refused"
@@ -93,8 +100,8 @@ class Client:
 
     def _code(self) -> str:
         """The code of the error, if there is one."""
-        _, _, after = self._body.rpartition(b'"code":')
-        return after.split(b'"')[1].decode() if after.count(b'"') > 1 else ""
+        _, found, after = self._body.rpartition(b'"code":')
+        return after.split(b'"')[1].decode() if found and after.count(b'"') > 1 else ""
 
 
 async def main(address: str, port: int) -> None:

@@ -55,23 +55,35 @@ class Load:
         self._send = send
         self._numbers = itertools.count()
 
-    def open(self, count: int = 1, *, seconds: float, every: float = 0.2, key: int = 0, within: float = 60.0) -> Self:
-        """Send so many requests at once. `within`: seconds after which the client gives up."""
+    def open(
+        self,
+        count: int = 1,
+        *,
+        seconds: float,
+        every: float = 0.2,
+        key: int = 0,
+        within: float = 60.0,
+        feed: bool = False,
+    ) -> Self:
+        """Send so many requests at once. `within`: seconds after which the client gives up. `feed`: as an EventSource,
+        with GET."""
         for _ in range(count):
             stream = Stream(f"{self.name}-{next(self._numbers)}", time.monotonic())
             self.streams[stream.id] = stream
-            asked = {"id": stream.id, "seconds": seconds, "every": every, "key": KEYS[key], "within": within}
-            self._send(asked)
+            how = {"seconds": seconds, "every": every, "key": KEYS[key], "within": within, "feed": feed}
+            self._send({"id": stream.id} | how)
         return self
 
     @contextlib.contextmanager
-    def trickle(self, per_second: float, *, seconds: float, key: int = 0, within: float = 60.0) -> Iterator[None]:
+    def trickle(
+        self, per_second: float, *, seconds: float, key: int = 0, within: float = 60.0, feed: bool = False
+    ) -> Iterator[None]:
         """Meanwhile send requests one after the other, in the background."""
         over = threading.Event()
 
         def go_on() -> None:
             while not over.wait(1 / per_second):
-                self.open(seconds=seconds, key=key, within=within)
+                self.open(seconds=seconds, key=key, within=within, feed=feed)
 
         thread = threading.Thread(target=go_on, daemon=True)
         thread.start()
@@ -124,10 +136,10 @@ def slowest_first(streams: Iterable[Stream]) -> float:
     return max((each.first - each.begun for each in streams if each.first), default=0.0)
 
 
-def within(condition: Callable[[], bool], seconds: float) -> bool:
+def within(condition: Callable[[], bool], seconds: float, every: float = 0.005) -> bool:
     """Whether it holds within this time."""
     with contextlib.suppress(DeadlineExceeded):
-        eventually(condition, "", seconds)
+        eventually(condition, "", seconds, every)
         return True
     return False
 

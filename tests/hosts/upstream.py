@@ -1,8 +1,9 @@
 """An upstream that runs on a host of the lab: `python upstream.py ADDRESS PORT`.
 
-A request's JSON body says how it is answered: `id`, `seconds` (the length of the stream) and `every` (between two
-events). A line of JSON on standard output reports each request (`billed`) and each stream's end: `done`, or `gone` when
-its peer has closed the connection or vanished. A line `release` on standard input ends all open streams with `[DONE]`.
+A request's JSON body, or its query if it is a GET, says how it is answered: `id`, `seconds` (the length of the stream)
+and `every` (between two events). A line of JSON on standard output reports each request (`billed`) and each stream's
+end: `done`, or `gone` when its peer has closed the connection or vanished. A line `release` on standard input ends all
+open streams with `[DONE]`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import sys
 import time
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 _HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 _MODELS = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 11\r\n\r\n{"data":[]}'
@@ -38,11 +40,16 @@ class Upstream:
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
-                if not head.startswith(b"POST"):
+                target = urlsplit(head.split(b" ")[1].decode())
+                if head.startswith(b"POST"):
+                    fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:-2])
+                    asked = json.loads(await reader.readexactly(int(fields[b"content-length"])))
+                elif target.query:
+                    texts = dict(parse_qsl(target.query))
+                    asked = texts | {name: float(texts[name]) for name in ("seconds", "every")}
+                else:
                     writer.write(_MODELS)  # the relay's probe
                     continue
-                fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:-2])
-                asked = json.loads(await reader.readexactly(int(fields[b"content-length"])))
                 say(event="billed", id=asked["id"], peer=peer)
                 end = await self._answer(asked, reader, writer)
                 say(event="end", id=asked["id"], how=end)
