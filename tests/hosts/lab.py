@@ -29,7 +29,7 @@ from hosts.streams import KEYS, Load, Row, Stream, ends, slowest, table
 from relay.settings import SETTINGS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from typing import Self
 
 _PORT, _ADMIN_PORT, _EDGE_PORT, _REDIS_PORT = 8000, 8001, 8080, 6379
@@ -61,7 +61,7 @@ _SYSCTL = {
 }
 
 #: Descriptors that may stay: a probe's connection and the like.
-_SPARE_FILES = 4
+SPARE_FILES = 4
 
 
 @dataclass
@@ -86,6 +86,14 @@ class Relay:
         """Of the master and its workers."""
         return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in (self.server.pid, *self.server.workers()))
 
+    def memory(self) -> dict[int, int]:
+        """The workers' resident memory in KiB, by process id."""
+        found = {}
+        for pid in self.server.workers():
+            status = Path(f"/proc/{pid}/status").read_text()
+            found[pid] = int(re.findall(r"^VmRSS:\s+(\d+)", status, re.MULTILINE)[0])
+        return found
+
     def answers(self) -> bool:
         try:
             return self.host.ask("GET", _ADMIN_PORT, "/health/live")[0] == 200
@@ -98,7 +106,7 @@ class Relay:
     def is_as_at_start(self) -> bool:
         """Whether it has no more descriptors than then."""
         self.play_once()
-        return self.descriptors() <= self.files + _SPARE_FILES
+        return self.descriptors() <= self.files + SPARE_FILES
 
     def play_once(self) -> None:
         """A short request past the edge, after which the pool has let go of connections that are too old."""
@@ -252,7 +260,7 @@ class Lab:
 
     def billed(self) -> Counter[str]:
         """How many times each request was sent to an upstream, by its id."""
-        return Counter(each["id"] for each in self._said("billed"))
+        return Counter(each["id"] for each in self.said("billed"))
 
     def billed_twice(self, load: Load) -> int:
         billed = self.billed()
@@ -260,7 +268,7 @@ class Lab:
 
     def through(self, relay: Relay) -> set[str]:
         """The ids of the requests that this relay has sent to an upstream."""
-        return {each["id"] for each in self._said("billed") if each["peer"] == relay.host.address}
+        return {each["id"] for each in self.said("billed") if each["peer"] == relay.host.address}
 
     def through_upstream(self, number: int) -> set[str]:
         """The ids of the requests that this upstream has got."""
@@ -269,11 +277,24 @@ class Lab:
     def upstream_ends(self, load: Load) -> dict[str, float]:
         """When the upstream saw the peer of each stream go, by its id."""
         return {
-            each["id"]: each["at"] for each in self._said("end") if each["how"] == "gone" and each["id"] in load.streams
+            each["id"]: each["at"] for each in self.said("end") if each["how"] == "gone" and each["id"] in load.streams
         }
 
-    def _said(self, event: str) -> list[dict[str, Any]]:
+    def said(self, event: str) -> list[dict[str, Any]]:
+        """The upstreams' reports of this event."""
         return [each for script in self.upstreams for each in list(script.reports) if each["event"] == event]
+
+    def logged(self, host: str) -> Iterator[dict[str, Any]]:
+        """All lines of JSON in the logs of what has run on this host."""
+        for server in self._servers:
+            if server.name == host:
+                yield from (json.loads(line) for line in server.log().splitlines() if line.startswith("{"))
+
+    def leases(self) -> list[str]:
+        """The keys in Redis under which the relays count open streams."""
+        with self.hosts["redis"].connect(_REDIS_PORT) as sock, sock.makefile("rb") as answer:
+            sock.sendall(b"KEYS relay:streams:*\r\n")
+            return [(answer.readline(), answer.readline().decode())[1] for _ in range(int(answer.readline()[1:]))]
 
     def record(self, what: str, streams: Iterable[Stream], since: float = 0.0) -> None:
         """Add a row to the table. `since`: see `slowest`."""
