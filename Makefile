@@ -78,6 +78,11 @@ hosts: $(DEV) ## Kill, deploy and power off hosts in a lab on this machine, and 
 	@tools/system-packages nginx redis-server ip
 	HOSTS_SCALE=$${HOSTS_SCALE:-4} $(IN_VENV) -m pytest tests/hosts $(ARGS)
 
+.PHONY: hosts-soak
+hosts-soak: $(DEV) ## The same under a steady load, a relay a minute for ten minutes (HOSTS_MINUTES for more)
+	@tools/system-packages nginx redis-server ip
+	HOSTS_SCALE=$${HOSTS_SCALE:-2} HOSTS_MINUTES=$${HOSTS_MINUTES:-10} $(IN_VENV) -m pytest -s tests/hosts/test_soak.py $(ARGS)
+
 .PHONY: clean
 clean: ## Remove .venv, caches and what nginx has written
 	rm -rf $(VENV) tests/js/node_modules build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

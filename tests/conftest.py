@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 PROCESSES = 4
 #: The files that take longest, which begin first so that no process is left alone with one at the end.
 LONGEST = """
-    power sdks upstreams_off ends failures property prompts bytes drain stream_machine js_client page js_cases aware
-    doctor life shared_limits redis page_form chat_command freed life_nginx upstream_connections health_http docs deploy
-    js_readme fuzz slowhttptest bench
+    power sdks upstreams_off ends soak failures property prompts bytes drain stream_machine js_client page js_cases
+    aware doctor life shared_limits redis page_form chat_command freed life_nginx upstream_connections health_http docs
+    deploy js_readme fuzz slowhttptest bench
 """.split()
 
 # How long an example takes is the machine's affair, and the watchdog's.

@@ -147,10 +147,11 @@ class Host:
             return False
         return True
 
-    def sockets(self) -> int:
-        """Its TCP connections, but for those that wait only in case the last packet comes again (TIME_WAIT)."""
-        rows = self.run("cat", "/proc/net/tcp").splitlines()[1:]
-        return sum(row.split()[3] not in ("0A", "06") for row in rows)  # 0A: it listens
+    def connections(self) -> set[tuple[str, str]]:
+        """Its own end and the other of each TCP connection, but for those that are over and only wait for a late packet
+        (TIME_WAIT)."""
+        rows = (line.split() for line in self.run("cat", "/proc/net/tcp").splitlines()[1:])
+        return {(row[1], row[2]) for row in rows if row[3] not in ("0A", "06")}  # 0A: it listens
 
     def ask(
         self, method: str, port: int, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None

@@ -296,6 +296,11 @@ class Lab:
             sock.sendall(b"KEYS relay:streams:*\r\n")
             return [(answer.readline(), answer.readline().decode())[1] for _ in range(int(answer.readline()[1:]))]
 
+    def half_open(self) -> set[tuple[str, str]]:
+        """Connections of any host of which the other end is gone."""
+        ends = set().union(*(host.connections() for host in self.hosts.values()))
+        return {(end, other) for end, other in ends if (other, end) not in ends}
+
     def record(self, what: str, streams: Iterable[Stream], since: float = 0.0) -> None:
         """Add a row to the table. `since`: see `slowest`."""
         found = list(streams)
