@@ -20,6 +20,7 @@ from urllib.parse import parse_qsl, urlsplit
 _HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 _MODELS = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 11\r\n\r\n{"data":[]}'
 _BACKLOG = 4096  # connections that may arrive at once
+_IDLE = 30.0  # seconds until one without a request is closed: its peer may have vanished
 
 
 def say(**what: Any) -> None:
@@ -37,9 +38,9 @@ class Upstream:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection with its requests."""
         peer = writer.get_extra_info("peername")[0]
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError, TimeoutError):
             while True:
-                head = await reader.readuntil(b"\r\n\r\n")
+                head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), _IDLE)
                 target = urlsplit(head.split(b" ")[1].decode())
                 if head.startswith(b"POST"):
                     fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:-2])
