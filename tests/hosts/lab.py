@@ -64,6 +64,11 @@ _SYSCTL = {
 SPARE_FILES = 4
 
 
+def without_redis(connections: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    port = f":{_REDIS_PORT:04X}"
+    return {(end, other) for end, other in connections if not end.endswith(port) and not other.endswith(port)}
+
+
 @dataclass
 class Relay:
     """A relay's host and the gunicorn on it."""
@@ -83,8 +88,11 @@ class Relay:
         return number == 0
 
     def descriptors(self) -> int:
-        """Of the master and its workers."""
-        return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in (self.server.pid, *self.server.workers()))
+        """Of the master and its workers, but for those to Redis: a worker keeps as many as it has asked at once."""
+        pids = (self.server.pid, *self.server.workers())
+        connections = self.host.connections()
+        to_redis = connections - without_redis(connections)
+        return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids) - len(to_redis)
 
     def memory(self) -> dict[int, int]:
         """The workers' resident memory in KiB, by process id."""
