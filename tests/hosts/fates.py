@@ -33,6 +33,10 @@ class Blow:
     def explains(self, fate: Fate) -> bool:
         """Whether a stream may have ended as it has because of this."""
         stream = fate.stream
+        if self.what == "deployed" and stream.how == "refused":
+            # On a connection whose last answer had begun before: it comes too late, is not sent, and may be repeated.
+            late = self.began + LAME_DUCK + DRAIN / 2 - 0.5
+            return fate.reasons == ["drained"] and not fate.billed and late <= stream.begun <= self.until
         until = {self.relay: self.until, "": self.began + NOTICED}.get(fate.relay, 0.0)
         if stream.begun > until or stream.ended < self.began:
             return False
