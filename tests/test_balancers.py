@@ -181,6 +181,8 @@ def test_what_was_sent_is_not_sent_again(kind: str) -> None:
 
         eventually(refused, "nobody is there", 20)
         assert nobody[0].header("x-should-retry") == b"true"
+        waits = {request(rig.proxy.port, "POST", "/v1" + path, body=b"{}").header("Retry-After") for _ in range(40)}
+        assert waits == {b"2", b"3"}
         assert json.loads(nobody[0].finish().data)["error"]["code"] == "bad_gateway"
 
 
