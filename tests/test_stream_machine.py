@@ -367,7 +367,7 @@ class Machine:
                 after, given = scenario.drain
                 time.sleep(after)
                 drain.begin(time.monotonic() + given)
-                until = drain.at + 0.3  # what gunicorn's worker does: a last word, then writes are broken off
+                until = drain.at + 1.0  # what gunicorn's worker does: a last word, then writes are broken off
                 while any(not life.over.is_set() for life in lives):
                     if time.monotonic() > until:
                         drain.break_writes()
