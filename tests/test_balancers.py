@@ -125,7 +125,7 @@ def test_a_client_that_leaves_ends_the_request_upstream(calm: Two) -> None:
     ex.wait_gone()
 
 
-def test_streams_go_to_the_relay_with_fewer(calm: Two) -> None:
+def test_streams_go_to_the_relay_with_fewer(calm: Two, kind: str) -> None:
     path = calm.upstream.by_hand()
     connections = []
     for _ in range(10):
@@ -137,7 +137,9 @@ def test_streams_go_to_the_relay_with_fewer(calm: Two) -> None:
     counts = [len(json.loads(request(relay.admin_port, "GET", "/streams").finish().data)) for relay in calm.relays]
     for connection in connections:
         connection.close()
-    assert sorted(counts) == [5, 5]
+    assert sum(counts) == 10
+    # Envoy's slow start weighs the one lighter that was found ready a moment later.
+    assert max(counts) - min(counts) <= {"haproxy": 0, "envoy": 2}[kind]
 
 
 def test_the_logs_lines_are_json_without_the_query(calm: Two) -> None:
