@@ -244,7 +244,7 @@ def _be_lame_first(server: Any) -> None:
             return
         left = _as_given["settings"].lame_duck - (lame_duck.since() or 0.0)
         again = lame_duck.stopping()
-        lame_duck.begin()
+        lame_duck.begin(lasts=left > 0)
         if left <= 0 or again:
             stop(sig, frame)
         else:

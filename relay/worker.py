@@ -177,7 +177,7 @@ class Worker(ggevent.GeventWorker):  # type: ignore[misc]
         """Tell the master that this worker lives. Without a master it drains: gunicorn would exit at once."""
         if self.ppid == os.getppid():
             super().notify()
-            if lame_duck.begun() != self._lame:
+            if lame_duck.lasts() != self._lame:
                 self._lame = not self._lame
                 self.log.info("Not ready any more, still accepting" if self._lame else "Ready again")
         elif not drain.draining:

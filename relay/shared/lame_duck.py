@@ -17,7 +17,7 @@ from relay.shared import reports
 #: The file's name.
 _FILE = "drain"
 
-_stopping: mmap.mmap | None = None  # one byte, which is set once the master was told to stop
+_stopping: mmap.mmap | None = None  # one byte, set once the master was told to stop: 1, or 2 if it goes on for a while
 _file: Path | None = None  # what is said beforehand
 
 
@@ -34,15 +34,20 @@ def share() -> None:
         _file = file
 
 
-def begin() -> None:
-    """In the master, told to stop."""
+def begin(*, lasts: bool) -> None:
+    """In the master, told to stop: at once, or after a while that `lasts`."""
     if _stopping is not None:
-        _stopping[0] = 1
+        _stopping[0] = 2 if lasts else 1
 
 
 def stopping() -> bool:
     """Whether the master was told to stop."""
     return _stopping is not None and _stopping[0] != 0
+
+
+def lasts() -> bool:
+    """Whether this service goes on for a while, not ready any more."""
+    return (_stopping is not None and _stopping[0] == 2) or since() is not None
 
 
 def begun() -> bool:
