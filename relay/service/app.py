@@ -67,7 +67,7 @@ def create_app(config: Mapping[str, object] | None = None) -> Flask:
         )
     app.add_url_rule("/metrics", "service_metrics", lambda: _metrics(settings), methods=["GET"])
     app.add_url_rule("/streams", "service_streams", lambda: _streams(settings), methods=["GET"])
-    app.add_url_rule("/drain", "service_drain", lambda: _drain(settings), methods=["POST", "DELETE"])
+    app.add_url_rule("/drain", "service_drain", lambda: _drain(settings, mount), methods=["POST", "DELETE"])
     app.before_request(lambda: _admin_has_no_more(settings))
     across = cors.hooks(app, settings, not_for=("/metrics", "/streams", "/drain"))
     if across:
@@ -87,8 +87,7 @@ def _bound(view: Any, mount: Mount) -> Any:
 
 def _metrics(settings: Settings) -> Response:
     """All workers' metrics, on the admin address only: they tell who uses how much."""
-    if not _on_admin_address(settings):
-        raise errors.NotFound("nothing is at this path; metrics are on RELAY_ADMIN_BIND")
+    _check_admin_address(settings, "metrics are")
     response = Response(metrics().expose(), content_type=CONTENT_TYPE)
     response.headers["X-Request-ID"] = answers.request_id(request.environ)
     return response
@@ -96,8 +95,7 @@ def _metrics(settings: Settings) -> Response:
 
 def _streams(settings: Settings) -> Response:
     """The open streams of all workers, on the admin address only."""
-    if not _on_admin_address(settings):
-        raise errors.NotFound("nothing is at this path; the list of streams is on RELAY_ADMIN_BIND")
+    _check_admin_address(settings, "the list of streams is")
     streams, silent = open_streams.everywhere()
     response = answers.as_json(streams)
     if silent:
@@ -105,11 +103,10 @@ def _streams(settings: Settings) -> Response:
     return response
 
 
-def _drain(settings: Settings) -> Response:
+def _drain(settings: Settings, mount: Mount) -> Response:
     """POST: not ready from now on, in all workers, and accepting as before; DELETE takes it back. On the admin address
     only. The answer is that of `/health/ready`, and 200."""
-    if not _on_admin_address(settings):
-        raise errors.NotFound("nothing is at this path; a drain is asked for on RELAY_ADMIN_BIND")
+    _check_admin_address(settings, "a drain is asked for")
     try:
         if request.method == "POST":
             lame_duck.say()
@@ -117,7 +114,7 @@ def _drain(settings: Settings) -> Response:
             lame_duck.take_back()
     except OSError as error:
         raise errors.RelayError(f"the workers cannot be told ({error}); SIGTERM drains nevertheless") from None
-    response = state.readiness()
+    response = state.ready(mount)
     response.status_code = 200
     return response
 
@@ -134,6 +131,12 @@ def _admin_has_no_more(settings: Settings) -> None:
         raise errors.NotFound(
             "nothing is at this path: here are health, metrics and the list of streams; the relay is on RELAY_BIND"
         )
+
+
+def _check_admin_address(settings: Settings, what: str) -> None:
+    """Raise NotFound for a request that came in elsewhere; `what` is there, in words with their verb."""
+    if not _on_admin_address(settings):
+        raise errors.NotFound(f"nothing is at this path; {what} on RELAY_ADMIN_BIND")
 
 
 def _on_admin_address(settings: Settings) -> bool:

@@ -53,12 +53,8 @@ def live(_mount: Mount) -> Response:
 
 
 def ready(_mount: Mount) -> Response:
-    """New requests are welcome; an upstream that is down does not change that."""
-    return readiness()
-
-
-def readiness() -> Response:
-    """Whether new requests are welcome, as a response: 200, or 503 while the relay is about to stop."""
+    """Whether new requests are welcome: 200, or 503 while the relay is about to stop. An upstream that is down does not
+    change that."""
     draining = _leaves()
     response = answers.as_json({"status": "draining" if draining else "ok"})
     response.status_code = 503 if draining else 200
