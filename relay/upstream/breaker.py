@@ -54,23 +54,19 @@ class Breaker:
             self._begin()  # the thread that tries is in the process that this was forked from
         if self._failures >= _MOST and time.monotonic() - self._failed_at < _FORGOTTEN:
             return self._try(make, within)
-        began = time.monotonic()
-        try:
-            return self._made(make)
-        except errors.RelayError:
-            raise
-        except BaseException:
-            # Given up by whoever waited: the client has left, or its clock, which began before this one, has run out.
-            if time.monotonic() - began > within * _NEARLY:
-                self._failed(errors.ConnectTimeout(f"no connection within {within:g} s (RELAY_CONNECT_TIMEOUT)"), began)
-            raise
+        return self._made(make, within)
 
-    def _made(self, make: Callable[[], Connection]) -> Connection:
+    def _made(self, make: Callable[[], Connection], within: float) -> Connection:
         began = time.monotonic()
         try:
             connection = make()
         except errors.RelayError as failure:
             self._failed(failure, began)
+            raise
+        except BaseException:
+            # Given up by whoever waited: the client has left, or its clock, which began before this one, has run out.
+            if time.monotonic() - began > within * _NEARLY:
+                self._failed(errors.ConnectTimeout(f"no connection within {within:g} s (RELAY_CONNECT_TIMEOUT)"), began)
             raise
         self._failures, self._connected_at = 0, time.monotonic()
         return connection
@@ -96,7 +92,7 @@ class Breaker:
 
         def work() -> None:
             try:
-                connection = self._made(make)
+                connection = self._made(make, within)
             except errors.RelayError as failure:
                 trial.failure = failure.detached()
             else:
