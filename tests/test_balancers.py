@@ -35,6 +35,16 @@ class Two(NamedTuple):
         connection.send("POST", "/v1" + path, [("Content-Type", "application/json")], b"{}")
         return connection
 
+    def stream(self, path: str, data: bytes = b"data: 1\n\n") -> tuple[Exchange, Response]:
+        """One that has begun with these bytes, at its upstream and at its client."""
+        connection = self.ask(path)
+        ex = self.upstream.next(path)
+        ex.head(headers=EVENTS)
+        ex.send(data)
+        response = connection.read_head()
+        response.read_until(data)
+        return ex, response
+
     def all_get_requests(self) -> bool:
         """Whether each relay is given requests."""
         path = self.upstream.serve(brief)
@@ -103,40 +113,23 @@ def test_each_event_arrives_before_the_next_is_sent(calm: Two) -> None:
 
 
 def test_a_cut_stays_a_cut(calm: Two) -> None:
-    path = calm.upstream.by_hand()
-    with calm.ask(path) as connection:
-        ex = calm.upstream.next(path)
-        ex.head(headers=EVENTS)
-        ex.send(b"data: half")
-        response = connection.read_head()
-        response.read_until(b"half")
-        ex.abort()
-        assert response.finish().ended != "clean"
+    ex, response = calm.stream(calm.upstream.by_hand(), b"data: half")
+    ex.abort()
+    assert response.finish().ended != "clean"
 
 
 def test_a_client_that_leaves_ends_the_request_upstream(calm: Two) -> None:
-    path = calm.upstream.by_hand()
-    connection = calm.ask(path)
-    ex = calm.upstream.next(path)
-    ex.head(headers=EVENTS)
-    ex.send(b"data: 1\n\n")
-    connection.read_head().read_until(b"data: 1\n\n")
-    connection.close()
+    ex, response = calm.stream(calm.upstream.by_hand())
+    response.close()
     ex.wait_gone()
 
 
 def test_streams_go_to_the_relay_with_fewer(calm: Two, kind: str) -> None:
     path = calm.upstream.by_hand()
-    connections = []
-    for _ in range(10):
-        connections.append(calm.ask(path))
-        ex = calm.upstream.next(path)
-        ex.head(headers=EVENTS)
-        ex.send(b"data: 1\n\n")
-        connections[-1].read_head().read_until(b"data: 1\n\n")
+    streams = [calm.stream(path)[1] for _ in range(10)]
     counts = [len(json.loads(request(relay.admin_port, "GET", "/streams").finish().data)) for relay in calm.relays]
-    for connection in connections:
-        connection.close()
+    for response in streams:
+        response.close()
     assert sum(counts) == 10
     # Envoy's slow start weighs the one lighter that was found ready a moment later.
     assert max(counts) - min(counts) <= {"haproxy": 0, "envoy": 2}[kind]

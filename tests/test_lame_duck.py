@@ -23,7 +23,10 @@ from test_drain import PIECES, exists, kept, pieces, relay, until_not_ready, who
 from test_life import EVENTS, Rig, frame, mute, silent
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from harness.client import Response
+    from harness.servers import Gunicorn
 
 
 def ready(port: int) -> int:
@@ -43,6 +46,16 @@ def drain(rig: Rig, method: str = "POST", headers: dict[str, str] | None = None,
     """What `/drain` answers on the admin address."""
     response = request(port or rig.relay.admin_port, method, "/drain", headers or {})
     return response.status, json.loads(response.finish().data)
+
+
+@contextlib.contextmanager
+def running_in(folder: Path) -> Iterator[tuple[Upstream, Gunicorn]]:
+    """A service whose operator has named the folder that its workers share, and its upstream."""
+    with (
+        Upstream() as upstream,
+        servers.gunicorn({"RELAY_UPSTREAM_URL": upstream.base_url, "SSE_RELAY_RUN_DIR": str(folder)}) as service,
+    ):
+        yield upstream, service
 
 
 # --- SIGTERM --------------------------------------------------------------------------------------------------------
@@ -218,26 +231,20 @@ def test_the_time_since_a_drain_was_asked_for_counts_as_lame_duck_time() -> None
 def test_the_file_does_as_much_and_is_no_word_to_the_next_start(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir(0o700)
-    with (
-        Upstream() as upstream,
-        servers.gunicorn({"RELAY_UPSTREAM_URL": upstream.base_url, "SSE_RELAY_RUN_DIR": str(folder)}) as first,
-    ):
+    with running_in(folder) as (_, first):
         assert ready(first.port) == 200
         (folder / "drain").touch()
         assert ready(first.port) == 503
         first.send_signal(signal.SIGTERM)
         assert first.wait(15) == 0
         assert (folder / "drain").exists()
-        with servers.gunicorn({"RELAY_UPSTREAM_URL": upstream.base_url, "SSE_RELAY_RUN_DIR": str(folder)}) as second:
+        with running_in(folder) as (_, second):
             assert ready(second.port) == 200
 
 
 def test_asking_again_does_not_start_the_time_again(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with (
-        Upstream() as upstream,
-        servers.gunicorn({"RELAY_UPSTREAM_URL": upstream.base_url, "SSE_RELAY_RUN_DIR": str(folder)}) as server,
-    ):
+    with running_in(folder) as (_, server):
         assert request(server.admin_port, "POST", "/drain").status == 200
         os.utime(folder / "drain", (1, 1))
         assert request(server.admin_port, "POST", "/drain").status == 200
@@ -248,10 +255,7 @@ def test_a_file_that_cannot_be_removed_is_told_and_ignored(tmp_path: Path) -> No
     folder = tmp_path / "run"
     (folder / "drain").mkdir(parents=True)
     folder.chmod(0o700)
-    with (
-        Upstream() as upstream,
-        servers.gunicorn({"RELAY_UPSTREAM_URL": upstream.base_url, "SSE_RELAY_RUN_DIR": str(folder)}) as server,
-    ):
+    with running_in(folder) as (_, server):
         assert ready(server.port) == 200
         assert "A drain cannot be asked for" in server.log()
 
@@ -280,10 +284,7 @@ def test_drain_is_on_the_admin_address_only(quiet: Rig) -> None:
 
 def test_where_the_workers_share_no_folder_it_says_so(tmp_path: Path) -> None:
     missing = tmp_path / "gone"
-    with (
-        Upstream() as upstream,
-        servers.gunicorn({"RELAY_UPSTREAM_URL": upstream.base_url, "SSE_RELAY_RUN_DIR": str(missing)}) as server,
-    ):
+    with running_in(missing) as (_, server):
         shutil.rmtree(missing)
         response = request(server.admin_port, "POST", "/drain")
         assert response.status == 500
@@ -293,10 +294,7 @@ def test_where_the_workers_share_no_folder_it_says_so(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_used_costs_no_answer(tmp_path: Path) -> None:
     """One whose name others may use, such as the temporary folder itself."""
     tmp_path.chmod(0o755)
-    with (
-        Upstream() as upstream,
-        servers.gunicorn({"RELAY_UPSTREAM_URL": upstream.base_url, "SSE_RELAY_RUN_DIR": str(tmp_path)}) as server,
-    ):
+    with running_in(tmp_path) as (upstream, server):
         assert whole(request(server.port, "POST", "/v1" + upstream.serve(pieces))) == "whole"
         assert "must be a folder that belongs to this user alone" in server.log()
 
