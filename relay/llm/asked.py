@@ -162,14 +162,7 @@ def scan_json(body: bytes | bytearray) -> Generator[None, None, Asked]:  # noqa:
         # Mostly a string has no backslash in it, and a search is much faster than the expression.
         stop = body.find(b'"', start)
         if stop >= 0 and body.find(b"\\", start, stop) >= 0:
-            stop = start
-            while stop < end and body[stop] != _QUOTE:
-                inner = _IN_STRING.match(body, stop, min(stop + _STEP_BYTES, end))
-                if inner is None or inner.end() == stop:
-                    stop = end  # a backslash and nothing after it
-                    break
-                stop = inner.end()
-                yield
+            stop = yield from _end_of_escaped(body, start)
         if stop < 0 or stop >= end:
             return asked.unsure("is not valid JSON")
         text = bytes(body[start : min(stop, start + _LONGEST_NAME)])
@@ -191,6 +184,19 @@ def scan_json(body: bytes | bytearray) -> Generator[None, None, Asked]:  # noqa:
     return asked
 
 
+def _end_of_escaped(body: bytes | bytearray, start: int) -> Generator[None, None, int]:
+    """Where the quote stands that ends the string which begins at `start`, past those behind a backslash; the body's
+    length: there is none. Yields to let others run."""
+    end, stop = len(body), start
+    while stop < end and body[stop] != _QUOTE:
+        inner = _IN_STRING.match(body, stop, min(stop + _STEP_BYTES, end))
+        if inner is None or inner.end() == stop:
+            return end  # a backslash and nothing after it
+        stop = inner.end()
+        yield
+    return stop
+
+
 def has_more_parts(body: bytes | bytearray, most: int) -> Generator[None, None, bool]:
     """Whether JSON has more commas, colons and opening brackets outside of its strings than `most`: so much the parsing
     of it takes, however long its strings are. Yields to let others run; a body that is no JSON may have any number."""
@@ -202,19 +208,13 @@ def has_more_parts(body: bytes | bytearray, most: int) -> Generator[None, None, 
         parts += sum(body.count(sign, position, stop) for sign in (b",", b":", b"[", b"{"))
         if parts > most:
             return True
-        if quote < 0:
-            position = stop
-        else:
-            position = quote + 1
-            while position < end and body[position] != _QUOTE:
-                inner = _IN_STRING.match(body, position, min(position + _STEP_BYTES, end))
-                if inner is None or inner.end() == position:
-                    return False  # a backslash and nothing after it
-                position = inner.end()
-                if position - since > _STEP_BYTES:
-                    since = position
-                    yield
-            position += 1
+        position = stop
+        if quote >= 0:
+            start = quote + 1
+            stop = body.find(b'"', start)
+            if stop >= 0 and body.find(b"\\", start, stop) >= 0:
+                stop = yield from _end_of_escaped(body, start)
+            position = end if stop < 0 else stop + 1
         if position >= end:
             return False
         strings += 1
